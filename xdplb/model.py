@@ -1,0 +1,187 @@
+"""The words of the field, as values: what a configuration says once it is known to be valid.
+
+Everything here is frozen and comparable, so that "what changes?" is a comparison. Units stand in the names; addresses
+are `ipaddress` objects. Nothing here knows a file, a socket, a clock or a map.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+
+class Protocol(enum.StrEnum):
+    TCP = "tcp"
+    UDP = "udp"
+
+    @property
+    def number(self) -> int:
+        """The IANA protocol number."""
+        return {Protocol.TCP: 6, Protocol.UDP: 17}[self]
+
+
+class Forward(enum.StrEnum):
+    """How a packet reaches its backend."""
+
+    NAT = "nat"
+    DSR = "dsr"
+    IPIP = "ipip"
+    GUE = "gue"
+
+    @property
+    def encapsulates(self) -> bool:
+        return self in (Forward.IPIP, Forward.GUE)
+
+
+class Scheduler(enum.StrEnum):
+    """How a new flow finds its backend."""
+
+    MAGLEV = "maglev"
+    SOURCE_HASH = "source-hash"
+
+
+class OnAllDown(enum.StrEnum):
+    REJECT = "reject"
+    FAIL_OPEN = "fail-open"
+
+
+class CheckType(enum.StrEnum):
+    NONE = "none"
+    TCP = "tcp"
+    HTTP = "http"
+    HTTPS = "https"
+
+
+class HealthState(enum.StrEnum):
+    UNKNOWN = "unknown"
+    UP = "up"
+    DOWN = "down"
+
+
+class Admin(enum.StrEnum):
+    ACTIVE = "active"
+    DRAIN = "drain"
+    MAINT = "maint"
+
+
+class AttachMode(enum.StrEnum):
+    """Where the XDP program runs: in the driver, or in the stack once the kernel has built its packet."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    GENERIC = "generic"
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where a service listens. `first_port == last_port` for one port; 0 and 65535 for all of them."""
+
+    address: Address
+    first_port: int
+    last_port: int
+    protocol: Protocol
+
+    @property
+    def all_ports(self) -> bool:
+        return (self.first_port, self.last_port) == (0, 65535)
+
+    @property
+    def single_port(self) -> bool:
+        return self.first_port == self.last_port
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        ports = (
+            "0"
+            if self.all_ports
+            else str(self.first_port)
+            if self.single_port
+            else f"{self.first_port}-{self.last_port}"
+        )
+        return f"{host}:{ports}/{self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How to find out whether a backend works. `expect` holds inclusive ranges of HTTP status codes."""
+
+    type: CheckType = CheckType.TCP
+    interval_s: float = 2.0
+    fast_interval_s: float = 0.5
+    timeout_s: float = 1.0
+    rise: int = 2
+    fall: int = 3
+    port: int | None = None
+    path: str = "/"
+    host: str | None = None
+    expect: tuple[tuple[int, int], ...] = ((200, 399),)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One server of a service. `port` is None where it takes the packet's own destination port."""
+
+    name: str
+    address: Address
+    port: int | None
+    weight: int = 1
+    backup: bool = False
+
+    def label(self, listen: Listen) -> str:
+        """`ADDRESS:PORT` as people read it; the service's port where the backend has none of its own."""
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        if self.port is not None:
+            return f"{host}:{self.port}"
+        return f"{host}:{str(listen).rsplit(':', 1)[1].split('/')[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    name: str
+    listen: Listen
+    forward: Forward
+    scheduler: Scheduler
+    check: Check
+    backends: tuple[Backend, ...]
+    on_all_down: OnAllDown = OnAllDown.REJECT
+    gue_port: int = 6080
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole, valid configuration.
+
+    `tunnel_source4` and `tunnel_source6` are the prefixes out of which the outer source address of encapsulated
+    packets is drawn per flow (so that backends spread them over their receive queues); None means the gateway's own
+    address.
+    """
+
+    interfaces: tuple[str, ...]
+    services: tuple[Service, ...]
+    hash_key: str = ""
+    tunnel_source4: IPv4Network | None = None
+    tunnel_source6: IPv6Network | None = None
+
+
+class BackendKey(tuple[str, str]):
+    """(service name, backend name): the identity of a backend everywhere in the control plane."""
+
+    __slots__ = ()
+
+    def __new__(cls, service: str, backend: str) -> BackendKey:
+        return super().__new__(cls, (service, backend))
+
+    @property
+    def service(self) -> str:
+        return self[0]
+
+    @property
+    def backend(self) -> str:
+        return self[1]
+
+    def __str__(self) -> str:
+        return f"{self[0]}/{self[1]}"
