@@ -1,0 +1,1 @@
+/* Wanted by bcc's helpers; nothing of it is used. */
