@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The layouts that the packet path and the control plane share. This file is their only definition: Python takes them from
+ * the compiled program. Sizes, enums and flags have their only definition in Python (xdplb/abi.py) and reach C by -D.
+ *
+ * Ids start at 1: an entry full of zeros refers to nothing.
+ */
+#ifndef XDPLB_ABI_H
+#define XDPLB_ABI_H
+
+#include "wire.h"
+
+/* An IPv6 address as two words loaded from the wire; an IPv4 address is ::ffff:a.b.c.d. */
+struct address {
+	__u64 hi;
+	__u64 lo;
+};
+
+/* `count` port intervals from `first` on, sorted and disjoint. */
+struct run {
+	__u32 first;
+	__u32 count;
+};
+
+/*
+ * What is known of one address: the services that listen on it, and the NAT backends that answer from it.
+ * The table is a cuckoo hash with two buckets an address, a bucket being one cache line. It is kept twice:
+ * the control plane fills the half that is not in use and then turns `directory`.
+ */
+struct address_entry {
+	struct address address;
+	struct run services;
+	struct run replies;
+};
+
+struct address_bucket {
+	struct address_entry entry[2];
+};
+
+struct directory {
+	__u32 half;
+	__u32 pad;
+};
+
+/* (protocol << 16 | port) from `first` to `last`, both included, belongs to `target`: a service's or a backend's id. */
+struct interval {
+	__u32 first;
+	__u32 last;
+	__u32 target;
+	__u32 pad;
+};
+
+struct service {
+	struct address address;
+	__u32 slots;      /* index of its first slot; written together with slot_mask as one word */
+	__u32 slot_mask;  /* number of its slots, a power of two, less one */
+	__u32 ports_mask; /* which bits of the ports take part in the flow hash: none for source-hash */
+	__be16 port;      /* 0 where the service has several ports */
+	__be16 gue_port;
+	__u8 forward;
+	__u8 flags;
+	__u8 pad[30];
+};
+
+/* One server of one service. Everything a packet needs to be sent there, in one cache line. */
+struct backend {
+	struct address address;
+	struct address source; /* of encapsulated packets */
+	__be32 source_spread;  /* the bits of the source's last word that take the flow hash */
+	__u32 ifindex;
+	__u8 macs[12]; /* destination and source, as they stand in the frame */
+	__u32 service;
+	__be16 port; /* 0: keep the packet's own */
+	__u16 mtu;   /* of the way there; the largest IP packet */
+	__u8 flags;
+	__u8 pad[3];
+};
+
+/* Per CPU, per backend. The names are those of the metrics. */
+struct backend_counters {
+	__u64 packets;       /* towards the backend */
+	__u64 bytes;         /* of IP, without link layer and without our encapsulation */
+	__u64 new_flows;     /* TCP: SYNs */
+	__u64 reply_packets; /* NAT: replies rewritten */
+	__u64 reply_bytes;
+};
+
+/* Per CPU, per service (0: no service could be named). The names are the reasons of interface.md's `drops`. */
+struct drop_counters {
+	__u64 malformed;        /* headers truncated, or lengths that contradict the frame */
+	__u64 no_backend;       /* no backend serves and the service has nothing better to say */
+	__u64 rejected;         /* no backend serves: answered with a reset or an ICMP error */
+	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */
+	__u64 fragment_unknown; /* a fragment whose first one did not pass here */
+	__u64 unanswerable;     /* an error was due, but the packet must not be answered (RFC 1122 3.2.2) */
+};
+
+/* Per CPU: what happened to all packets. Ordered as enum xdp_action. */
+struct verdict_counters {
+	__u64 aborted;
+	__u64 drop;
+	__u64 pass;
+	__u64 tx;
+	__u64 redirect;
+};
+
+/* A flow between a client and a NAT backend's own address, where the reply alone does not name the service. */
+struct nat_flow_key {
+	struct address client;
+	struct address backend;
+	__be16 client_port;
+	__be16 backend_port;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+/* A datagram that was cut into fragments. */
+struct fragment_key {
+	struct address source;
+	struct address destination;
+	__u32 id;
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+struct fragment {
+	__u32 backend;
+	__u32 reply; /* 1: on its way from the backend */
+};
+
+/* What one program leaves for the next one of a tail call. */
+struct errand {
+	__u32 service;
+	__u32 kind; /* enum answer */
+	__u32 mtu;  /* for "too big" */
+	__u32 link_length;
+	__u32 transport_offset;
+	__u32 pad;
+};
+
+_Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
+_Static_assert(sizeof(struct service) == 64, "a service is one cache line");
+_Static_assert(sizeof(struct backend) == 64, "a backend is one cache line");
+_Static_assert(sizeof(struct nat_flow_key) == 40, "no hidden padding in keys");
+_Static_assert(sizeof(struct fragment_key) == 40, "no hidden padding in keys");
+
+#endif

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* From a chosen backend to the frame on its way there, by the service's forward mode. */
+#ifndef XDPLB_FORWARD_H
+#define XDPLB_FORWARD_H
+
+#include "count.h"
+#include "encap.h"
+#include "rewrite.h"
+
+static __always_inline bool encapsulates(const struct service *service)
+{
+	return (HAVE_IPIP && service->forward == FORWARD_IPIP) || (HAVE_GUE && service->forward == FORWARD_GUE);
+}
+
+/* Sends the sender an answer in place of the packet. The frame must still be as it came. */
+static __always_inline int answer(struct xdp_md *ctx, enum answer kind, __u32 service, __u32 mtu)
+{
+	__u32 zero = 0;
+	struct errand *errand = errands.lookup(&zero);
+
+	if (errand)
+		*errand = (struct errand){ .service = service, .kind = kind, .mtu = mtu };
+	return continue_at(ctx, STAGE_ANSWER);
+}
+
+static __always_inline int no_backend(const struct packet *p, const struct service *service, __u32 id)
+{
+	if (service->flags & SERVICE_REJECT)
+		return answer(p->ctx, ANSWER_REJECT, id, 0);
+	return drop(id, REASON(no_backend));
+}
+
+/*
+ * What every mode has in common: fits the way to the backend, has a hop left, is counted. False where the packet is not to be
+ * forwarded; `*action` is what becomes of it then.
+ */
+static __always_inline bool admit(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
+				  int *action)
+{
+	const __u32 room = encapsulates(service) ? outer_length(service, backend) : 0;
+
+	if (hops_used_up(p)) {
+		*action = pass();
+		return false;
+	}
+	if (p->length + room > backend->mtu) {
+		*action = answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->mtu - room);
+		return false;
+	}
+	count_forwarded(id, p->length, (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);
+	take_hop(p);
+	return true;
+}
+
+/* The rest of the way: encapsulated where the mode says so, addressed to the next hop, out. */
+static __always_inline int emit(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+{
+	struct ethhdr *eth;
+
+	if (encapsulates(service) && !encapsulate(p, service, backend, hash))
+		return verdict(XDP_ABORTED);
+	eth = frame_start(p->ctx);
+	if ((void *)(eth + 1) > frame_end(p->ctx))
+		return verdict(XDP_ABORTED);
+	set_macs(eth, backend->macs);
+	return send(p->ctx, backend->ifindex);
+}
+
+static __always_inline int forward(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
+				   __u64 hash)
+{
+	int action;
+
+	if (!admit(p, service, backend, id, &action))
+		return action;
+	if (HAVE_NAT && service->forward == FORWARD_NAT)
+		translate(p, &backend->address, backend->port, false);
+	return emit(p, service, backend, hash);
+}
+
+#endif

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * xdplb's packet path. README.md beside this file walks one packet through it.
+ *
+ * Four programs: `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options,
+ * extension headers or fragments; `xdplb_icmp` ICMP errors; `xdplb_answer` makes the balancer's own replies. The first calls
+ * the others (tail calls), which begin again with the frame.
+ */
+#include "abi.h"
+#include "maps.h"
+#include "frame.h"
+#include "hash.h"
+#include "csum.h"
+#include "count.h"
+#include "parse.h"
+#include "lookup.h"
+#include "slots.h"
+#include "rewrite.h"
+#include "encap.h"
+#include "forward.h"
+#include "nat.h"
+#include "fragment.h"
+#include "icmp.h"
+#include "answer.h"
+
+/* For a service's address and port: choose a backend, send the packet there. */
+static __always_inline int balance(struct packet *p, __u32 service_id, const bool full)
+{
+	struct service *service = services.lookup(&service_id);
+	struct backend *backend;
+	__u64 hash;
+	__u32 id;
+
+	if (!service)
+		return pass();
+	hash = hash_flow(&p->source, p->ports & service->ports_mask);
+	backend = schedule(service, hash, &id);
+	if (!backend)
+		return no_backend(p, service, service_id);
+	if (full)
+		teach_fragments(p, id, false);
+	if (HAVE_NAT && service->forward == FORWARD_NAT)
+		remember_service(p, backend, id);
+	return forward(p, service, backend, id, hash);
+}
+
+/* For no service: maybe a reply of a NAT backend, maybe past the service to one. `to` is what is known at its destination. */
+static __always_inline int not_for_service(struct packet *p, const struct address_entry *to, const bool full)
+{
+	struct address_entry *from = find_address(&p->source);
+	__u32 id;
+
+	if (!(from && from->replies.count) && !(to && to->replies.count))
+		return pass();
+	if (full && p->fragment == LATER_FRAGMENT)
+		return later_fragment(p, false);
+	switch (parse_transport(p, full)) {
+	case PARSED:
+		break;
+	case PARSE_FULL:
+		return continue_at(p->ctx, STAGE_FULL);
+	default:
+		return pass();
+	}
+	if (from && from->replies.count) {
+		id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p),
+					p->protocol);
+		if (id) {
+			if (full)
+				teach_fragments(p, id, true);
+			return reply(p, id);
+		}
+	}
+	if (to && to->replies.count)
+		remember_direct(p, to->replies);
+	return pass();
+}
+
+static __always_inline int process(struct xdp_md *ctx, const bool full)
+{
+	struct packet packet = {}, *p = &packet;
+	struct address_entry *to;
+	enum parsed parsed;
+	__u32 service;
+
+	parsed = parse_network(p, ctx, full);
+	if (parsed == PARSE_OTHER)
+		return pass();                                  /* not IP */
+	if (!full && parsed == PARSE_FULL && p->version == 0)
+		return continue_at(ctx, STAGE_FULL);            /* tagged */
+
+	to = find_address(&p->destination);
+	if (!to || !to->services.count) {
+		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
+			return pass();                          /* not ours */
+		if (is_icmp(p))
+			return continue_at(ctx, STAGE_ICMP);
+		if (!full && parsed == PARSE_FULL)
+			return continue_at(ctx, STAGE_FULL);
+		return not_for_service(p, to, full);
+	}
+	if (parsed == PARSE_MALFORMED)
+		return drop(0, REASON(malformed));
+	if (is_icmp(p))
+		return continue_at(ctx, STAGE_ICMP);
+	if (parsed == PARSE_FULL)
+		return continue_at(ctx, STAGE_FULL);            /* options, fragments */
+	if (full && p->fragment == LATER_FRAGMENT)
+		return later_fragment(p, true);
+	switch (parse_transport(p, full)) {
+	case PARSED:
+		break;
+	case PARSE_FULL:
+		return continue_at(ctx, STAGE_FULL);            /* extension headers */
+	case PARSE_MALFORMED:
+		return drop(0, REASON(malformed));
+	default:
+		return pass();                                  /* neither TCP nor UDP */
+	}
+	service = find_interval(to->services, port_key(p->protocol, destination_port(p)));
+	if (!service)
+		return pass();                                  /* another port of that address */
+	return balance(p, service, full);
+}
+
+int xdplb(struct xdp_md *ctx)
+{
+	return process(ctx, false);
+}
+
+int xdplb_full(struct xdp_md *ctx)
+{
+	return process(ctx, true);
+}
+
+int xdplb_icmp(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct address_entry *to;
+	struct quoted quoted = {};
+
+	if (parse_network(p, ctx, true) != PARSED || !is_icmp(p) || !is_icmp_error(p) || !parse_quoted(p, &quoted))
+		return pass();                                  /* echo and the like: the kernel's */
+	to = find_address(&p->destination);
+	if (to && to->services.count)
+		return icmp_to_backend(p, &quoted, to);
+	return HAVE_NAT ? icmp_to_client(p, &quoted) : pass();
+}
+
+int xdplb_answer(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct errand *errand;
+	__u32 zero = 0;
+
+	errand = errands.lookup(&zero);
+	if (!errand || parse_network(p, ctx, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	if (!answerable(p))
+		return drop(errand->service, REASON(unanswerable));
+	if (errand->kind == ANSWER_TOO_BIG) {
+		count_reason(errand->service, REASON(too_big));
+		return answer_too_big(p, errand->service, errand->mtu);
+	}
+	count_reason(errand->service, REASON(rejected));
+	if (p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED)
+		return answer_reset(p, errand->service);
+	return answer_unreachable(p, errand->service);
+}
