@@ -1,0 +1,250 @@
+"""The bpf(2) system call, for what bcc does not offer: pinned objects, reading maps in bulk, test runs.
+
+Layouts and numbers: include/uapi/linux/bpf.h. All functions raise OSError with the kernel's errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 1, 2, 3, 6, 7, 10
+_PROG_GET_FD_BY_ID, _INFO_BY_FD, _LOOKUP_BATCH, _UPDATE_BATCH = 13, 15, 24, 26
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Object(ctypes.Structure):
+    _fields_ = (("pathname", ctypes.c_uint64), ("bpf_fd", ctypes.c_uint32), ("file_flags", ctypes.c_uint32))
+
+
+class _Element(ctypes.Structure):
+    _fields_ = (
+        ("map_fd", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("key", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("in_batch", ctypes.c_uint64),
+        ("out_batch", ctypes.c_uint64),
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("map_fd", ctypes.c_uint32),
+        ("elem_flags", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _Info(ctypes.Structure):
+    _fields_ = (("bpf_fd", ctypes.c_uint32), ("info_len", ctypes.c_uint32), ("info", ctypes.c_uint64))
+
+
+class _MapInfo(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+        ("rest", ctypes.c_uint8 * 64),
+    )
+
+
+class _ProgInfo(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("rest", ctypes.c_uint8 * 224))
+
+
+class _TestRun(ctypes.Structure):
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("data_in", ctypes.c_uint64),
+        ("data_out", ctypes.c_uint64),
+        ("repeat", ctypes.c_uint32),
+        ("duration", ctypes.c_uint32),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_uint64),
+        ("ctx_out", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("cpu", ctypes.c_uint32),
+        ("batch_size", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class _XdpContext(ctypes.Structure):
+    """struct xdp_md."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint32),
+        ("data_end", ctypes.c_uint32),
+        ("data_meta", ctypes.c_uint32),
+        ("ingress_ifindex", ctypes.c_uint32),
+        ("rx_queue_index", ctypes.c_uint32),
+        ("egress_ifindex", ctypes.c_uint32),
+    )
+
+
+def _bpf(command: int, attributes: ctypes.Structure) -> int:
+    number = _SYSCALL.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"bpf(2) on {platform.machine()} is not known")
+    while True:
+        result = int(_libc.syscall(number, command, ctypes.byref(attributes), ctypes.sizeof(attributes)))
+        if result >= 0:
+            return result
+        code = ctypes.get_errno()
+        if code not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(code, os.strerror(code))
+
+
+def get(path: Path) -> int:
+    """A descriptor of the object pinned at `path`."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
+
+
+def pin(descriptor: int, path: Path) -> None:
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _bpf(_OBJ_PIN, _Object(ctypes.addressof(name), descriptor, 0))
+
+
+def program_by_id(program: int) -> int:
+    """A descriptor of the program with that id."""
+    return _bpf(_PROG_GET_FD_BY_ID, _Element(program, 0, 0, 0, 0))
+
+
+def program_id(descriptor: int) -> int:
+    info = _ProgInfo()
+    _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
+    return int(info.id)
+
+
+@dataclass(frozen=True, slots=True)
+class MapShape:
+    key_size: int
+    value_size: int
+    max_entries: int
+
+
+def map_shape(descriptor: int) -> MapShape:
+    info = _MapInfo()
+    _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
+    return MapShape(int(info.key_size), int(info.value_size), int(info.max_entries))
+
+
+def map_memory(descriptor: int) -> mmap.mmap:
+    """The elements of an array made with BPF_F_MMAPABLE, as memory shared with the kernel; their stride is a multiple
+    of 8.
+    """
+    shape = map_shape(descriptor)
+    size = shape.max_entries * (-(-shape.value_size // 8) * 8)
+    return mmap.mmap(descriptor, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+
+@cache
+def possible_cpus() -> int:
+    """How many values a per-CPU map has for a key."""
+    last = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip().split(",")[-1].split("-")[-1]
+    return int(last) + 1
+
+
+def read_per_cpu(descriptor: int, entries: int) -> NDArray[np.uint64]:
+    """The first `entries` values of a per-CPU array of u64 counters, summed: shape (entries, words)."""
+    words = -(-map_shape(descriptor).value_size // 8)
+    values = np.zeros((entries, possible_cpus(), words), np.uint64)
+    keys = np.zeros(entries, np.uint32)
+    position = ctypes.c_uint64(0)
+    batch = _Batch(0, ctypes.addressof(position), keys.ctypes.data, values.ctypes.data, entries, descriptor, 0, 0)
+    try:
+        _bpf(_LOOKUP_BATCH, batch)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # the end of the map was reached, which is no fault
+            raise
+    total: NDArray[np.uint64] = values.sum(axis=1, dtype=np.uint64)
+    return total
+
+
+def read_per_cpu_value(descriptor: int, key: int) -> NDArray[np.uint64]:
+    """One value of a per-CPU array of u64 counters, summed: shape (words,)."""
+    values = np.zeros((possible_cpus(), -(-map_shape(descriptor).value_size // 8)), np.uint64)
+    index = ctypes.c_uint32(key)
+    _bpf(_MAP_LOOKUP, _Element(descriptor, 0, ctypes.addressof(index), values.ctypes.data, 0))
+    total: NDArray[np.uint64] = values.sum(axis=0, dtype=np.uint64)
+    return total
+
+
+def write_per_cpu(descriptor: int, key: int, words: NDArray[np.uint64]) -> None:
+    """Sets a per-CPU array's counters of `key` to `words` on the first CPU and 0 on the others."""
+    values = np.zeros((possible_cpus(), len(words)), np.uint64)
+    values[0] = words
+    index = ctypes.c_uint32(key)
+    _bpf(_MAP_UPDATE, _Element(descriptor, 0, ctypes.addressof(index), values.ctypes.data, 0))
+
+
+def update(descriptor: int, key: bytes, value: bytes) -> None:
+    key_buffer, value_buffer = (
+        ctypes.create_string_buffer(key, len(key)),
+        ctypes.create_string_buffer(value, len(value)),
+    )
+    _bpf(_MAP_UPDATE, _Element(descriptor, 0, ctypes.addressof(key_buffer), ctypes.addressof(value_buffer), 0))
+
+
+def delete(descriptor: int, key: bytes) -> None:
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    _bpf(_MAP_DELETE, _Element(descriptor, 0, ctypes.addressof(key_buffer), 0, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """What BPF_PROG_TEST_RUN answered: the XDP verdict, the packet as it came out, the mean time of a round."""
+
+    verdict: int
+    packet: bytes
+    duration_ns: int
+
+
+def test_run(descriptor: int, packet: bytes, repeat: int = 1, ingress_ifindex: int = 0) -> TestRun:
+    """Runs an XDP program on `packet`. With `repeat` > 1 each round sees the packet as the one before left it.
+
+    `ingress_ifindex` 0 leaves the kernel's choice, the namespace's loopback device.
+    """
+    data_in = ctypes.create_string_buffer(packet, len(packet))
+    data_out = ctypes.create_string_buffer(len(packet) + 256)
+    run = _TestRun(
+        prog_fd=descriptor,
+        data_size_in=len(packet),
+        data_size_out=len(data_out),
+        data_in=ctypes.addressof(data_in),
+        data_out=ctypes.addressof(data_out),
+        repeat=repeat,
+    )
+    if ingress_ifindex:
+        context = _XdpContext(data_end=len(packet), ingress_ifindex=ingress_ifindex)
+        run.ctx_in, run.ctx_size_in = ctypes.addressof(context), ctypes.sizeof(context)
+    _bpf(_PROG_TEST_RUN, run)
+    return TestRun(int(run.retval), data_out.raw[: run.data_size_out], int(run.duration))
+
+
+test_run.__test__ = False  # type: ignore[attr-defined]
