@@ -1,0 +1,790 @@
+"""The configuration file: what it means, and every mistake with its line, its path and its words."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from textwrap import dedent, indent
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xdplb import config, configvalues
+from xdplb.errors import ConfigError
+from xdplb.model import Backend, Check, CheckType, Config, Forward, Listen, OnAllDown, Protocol, Scheduler, Service
+
+EXAMPLE = """\
+interfaces: [eth0]                # names given to `xdplb up` win; a second one is the backend side
+hash_key: ""                      # shared by the gateways of one cluster; drawn and kept where none is given
+defaults:                         # anything a service may set, but name, listen and backends
+  check: {type: tcp, interval: 2s, fast_interval: 500ms, timeout: 1s, rise: 2, fall: 3}
+services:
+  - name: web
+    listen: 203.0.113.10:80/tcp   # also "[2001:db8::10]:443/udp"; port 0 or a range 8000-8099 for several ports
+    forward: nat                  # nat | dsr | ipip | gue | full-nat
+    scheduler: maglev             # maglev | source-hash | rr | wrr | lc | wlc | p2c
+    affinity: flow                # flow | client        (client: {prefix4: 32, prefix6: 128, timeout: 5m} as a mapping)
+    check: {type: http, path: /healthz, expect: 200-399, host: example.org}   # none | tcp | http | https | dns | udp
+    slow_start: 0s
+    on_down: rehash               # rehash | keep
+    on_all_down: reject           # reject | fail-open
+    allow: [0.0.0.0/0]
+    deny: []
+    limits: {new_flows_per_client: 0, packets_per_client: 0, new_flows: 0}    # a second; 0 = none
+    backends:
+      - {name: a, address: 10.0.0.11, weight: 10}          # port: the service's where none is given
+      - {name: b, address: "10.0.0.12:8080", weight: 20}
+      - {name: spare, address: 10.0.0.99, backup: true}
+"""
+
+
+def mistakes(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(dedent(text), "FILE")
+    return list(caught.value.mistakes)
+
+
+def service(settings: str = "", backends: str = "[{address: 10.0.0.11}]", listen: str = "203.0.113.10:80") -> str:
+    """A file with one service: listen on line 3, backends on line 4, settings from line 5 on."""
+    head = f"services:\n  - name: web\n    listen: '{listen}'\n    backends: {backends}\n"
+    return head + indent(dedent(settings), "    ")
+
+
+def only(text: str) -> Service:
+    (found,) = config.parse(text, "FILE").services
+    return found
+
+
+def test_the_example_of_the_documentation() -> None:
+    assert config.parse(EXAMPLE, "FILE") == Config(
+        interfaces=("eth0",),
+        services=(
+            Service(
+                name="web",
+                listen=Listen(IPv4Address("203.0.113.10"), 80, 80, Protocol.TCP),
+                forward=Forward.NAT,
+                scheduler=Scheduler.MAGLEV,
+                check=Check(CheckType.HTTP, 2.0, 0.5, 1.0, 2, 3, None, "/healthz", "example.org", ((200, 399),)),
+                backends=(
+                    Backend("a", IPv4Address("10.0.0.11"), None, weight=10),
+                    Backend("b", IPv4Address("10.0.0.12"), 8080, weight=20),
+                    Backend("spare", IPv4Address("10.0.0.99"), None, backup=True),
+                ),
+                on_all_down=OnAllDown.REJECT,
+            ),
+        ),
+    )
+
+
+def test_what_is_not_given_has_the_defaults_of_the_model() -> None:
+    web = only(service())
+    assert web.check == Check()
+    assert (web.forward, web.scheduler, web.on_all_down, web.gue_port) == (
+        Forward.NAT,
+        Scheduler.MAGLEV,
+        OnAllDown.REJECT,
+        Service.__dataclass_fields__["gue_port"].default,
+    )
+    assert web.backends == (Backend("10.0.0.11", IPv4Address("10.0.0.11"), None),)
+
+
+def test_a_service_wins_over_the_defaults_and_check_is_joined_key_by_key() -> None:
+    text = "defaults: {forward: ipip, scheduler: source-hash, check: {type: http, path: /a, rise: 5}}\n"
+    web = only(text + service("scheduler: maglev\ncheck: {path: /b, expect: '200,301-302'}"))
+    assert (web.forward, web.scheduler) == (Forward.IPIP, Scheduler.MAGLEV)
+    assert web.check == Check(CheckType.HTTP, path="/b", rise=5, expect=((200, 200), (301, 302)))
+    assert only(text + service("check: none")).check == Check(CheckType.NONE, path="/a", rise=5)
+
+
+def test_tunnel_sources_are_told_apart_by_family() -> None:
+    found = config.parse('tunnel_source: [10.99.0.0/16, "fd99::/64"]\n' + service(), "FILE")
+    assert found.tunnel_source4 == IPv4Network("10.99.0.0/16")
+    assert found.tunnel_source6 == IPv6Network("fd99::/64")
+
+
+@pytest.mark.parametrize(
+    ("written", "address", "port", "name"),
+    [
+        ("10.0.0.12", "10.0.0.12", None, "10.0.0.12"),
+        ("10.0.0.12:8080", "10.0.0.12", 8080, "10.0.0.12:8080"),
+        ("10.0.0.12:80", "10.0.0.12", None, "10.0.0.12:80"),
+    ],
+)
+def test_backend_addresses(written: str, address: str, port: int | None, name: str) -> None:
+    (backend,) = only(service(backends=f"[{{address: '{written}'}}]")).backends
+    assert backend == Backend(name, ip_address(address), port)
+
+
+@pytest.mark.parametrize(
+    ("written", "port"), [("2001:db8::1", None), ("[2001:db8::1]", None), ("[2001:db8::1]:8080", 8080)]
+)
+def test_ipv6_backends_are_named_as_written(written: str, port: int | None) -> None:
+    (backend,) = only(service(backends=f"[{{address: '{written}'}}]", listen="[2001:db8::10]:80/udp")).backends
+    assert backend == Backend(written, IPv6Address("2001:db8::1"), port)
+
+
+@pytest.mark.parametrize("affinity", ["flow", "{flow: }", "{flow: {}}"])
+def test_neutral_values_of_coming_features_are_accepted(affinity: str) -> None:
+    neutral = "slow_start: 0\non_down: rehash\nallow: ['0.0.0.0/0', '::/0']\ndeny: []\nlimits: {new_flows: 0}"
+    assert only(service(f"{neutral}\naffinity: {affinity}")) == only(service())
+
+
+@pytest.mark.parametrize("forward", ["ipip", "gue"])
+def test_encapsulation_bridges_families(forward: str) -> None:
+    web = only(service(f"forward: {forward}", "[{address: '2001:db8::1'}, {address: '10.0.0.1:80'}]"))
+    assert [backend.port for backend in web.backends] == [None, None]
+
+
+def test_exact_port_range_and_all_ports_may_share_an_address() -> None:
+    listens = ["1.1.1.1:80", "1.1.1.1:70-90", "1.1.1.1:91-99", "1.1.1.1:0", "1.1.1.1:80/udp", "1.1.1.2:80"]
+    services = [
+        {"name": f"s{index}", "listen": listen, "check": "none", "backends": [{"address": "10.0.0.1"}]}
+        for index, listen in enumerate(listens)
+    ]
+    found = config.parse(yaml.safe_dump({"services": services}), "FILE").services
+    assert [str(one.listen) for one in found] == [text if "/" in text else f"{text}/tcp" for text in listens]
+
+
+def test_two_nat_services_may_share_a_backend_port() -> None:
+    text = service() + "  - {name: api, listen: '203.0.113.11:80', backends: [{address: 10.0.0.11}]}\n"
+    assert len(config.parse(text, "FILE").services) == 2
+
+
+SETTING_MISTAKES = [
+    ("schedular: maglev", "services[0]: unknown key 'schedular', did you mean 'scheduler'?"),
+    (
+        "check: {zzz: 1}",
+        "services[0].check: unknown key 'zzz'; known: "
+        "type, interval, fast_interval, timeout, rise, fall, port, path, host, expect",
+    ),
+    (
+        "scheduler: rr",
+        "services[0].scheduler: scheduler 'rr' is not available yet; available: maglev, source-hash",
+    ),
+    ("scheduler: maglve", "services[0].scheduler: maglve is not a scheduler, did you mean 'maglev'?"),
+    ("scheduler: 3", "services[0].scheduler: 3 is not a scheduler; available: maglev, source-hash"),
+    (
+        "forward: full-nat",
+        "services[0].forward: forward mode 'full-nat' is not available yet; available: nat, dsr, ipip, gue",
+    ),
+    ("affinity: client", "services[0].affinity: affinity 'client' is not available yet; available: flow"),
+    (
+        "affinity: {client: {prefix4: 32}}",
+        "services[0].affinity: affinity 'client' is not available yet; available: flow",
+    ),
+    ("affinity: {flow: {x: 1}}", "services[0].affinity: flow has no settings; write affinity: flow"),
+    *(
+        (
+            f"check: {word}",
+            f"services[0].check.type: check type '{word}' is not available yet; available: none, tcp, http, https",
+        )
+        for word in ("dns", "udp", "ping", "exec")
+    ),
+    ("check: {type: htp}", "services[0].check.type: htp is not a check type, did you mean 'http'?"),
+    ("check: []", "services[0].check: must be a mapping, but is a list"),
+    ("check:", "services[0].check: must be a mapping, but is empty"),
+    (
+        "check: {interval: 2}",
+        "services[0].check.interval: 2 has no unit; write 2s for seconds (units: ms, s, m, h)",
+    ),
+    (
+        "check: {interval: '1.5'}",
+        "services[0].check.interval: 1.5 has no unit; write 1.5s for seconds (units: ms, s, m, h)",
+    ),
+    (
+        "check: {interval: 2d}",
+        "services[0].check.interval: 2d is not a duration like 2s, 500ms, 1.5s or 5m",
+    ),
+    ("check: {interval: 0}", "services[0].check.interval: 0 is too short; from 1ms to 24h is possible"),
+    ("check: {timeout: 0s}", "services[0].check.timeout: 0s is too short; from 1ms to 24h is possible"),
+    ("check: {timeout: 25h}", "services[0].check.timeout: 25h is too long; from 1ms to 24h is possible"),
+    ("check: {rise: 0}", "services[0].check.rise: must be at least 1, but is 0"),
+    ("check: {fall: two}", "services[0].check.fall: must be a whole number, but is the text two"),
+    ("check: {fall: 1.5}", "services[0].check.fall: must be a whole number, but is 1.5"),
+    ("check: {port: 65536}", "services[0].check.port: must be at most 65535, but is 65536"),
+    (
+        "check: {type: http, path: healthz}",
+        "services[0].check.path: healthz is not a path; it begins with / and has no spaces",
+    ),
+    (
+        "check: {type: http, host: 'a b'}",
+        "services[0].check.host: 'a b' cannot stand in a Host header; write example.org or example.org:8080",
+    ),
+    *(
+        (
+            f"check: {{type: http, expect: {value}}}",
+            f"services[0].check.expect: {value} does not name status codes; write 200, 200-399 or 200,301-302",
+        )
+        for value in ("99", "600", "399-200", "2xx", "true")
+    ),
+    (
+        "check: {path: /healthz}",
+        "services[0].check.path: path means nothing to a tcp check; set type: http or https",
+    ),
+    ("slow_start: 30s", "services[0].slow_start: slow_start is not available yet; only 0s is possible"),
+    ("on_down: keep", "services[0].on_down: on_down policy 'keep' is not available yet; available: rehash"),
+    (
+        "on_all_down: fail-opn",
+        "services[0].on_all_down: fail-opn is not an on_all_down policy, did you mean 'fail-open'?",
+    ),
+    (
+        "allow: [10.0.0.0/8]",
+        "services[0].allow: allow is not available yet; only everybody, [0.0.0.0/0], is possible",
+    ),
+    ("allow: 0.0.0.0/0", "services[0].allow: must be a list of networks, but is the text 0.0.0.0/0"),
+    ("deny: [10.0.0.0/8]", "services[0].deny: deny is not available yet; only [] is possible"),
+    ("deny: [ten]", "services[0].deny: ten is not a network like 10.99.0.0/16"),
+    (
+        "limits: {new_flows: 5}",
+        "services[0].limits.new_flows: limits are not available yet; only 0, none, is possible",
+    ),
+    ("limits: {new_flows: -1}", "services[0].limits.new_flows: must be a whole number from 0, but is -1"),
+    ("limits: {new_flow: 0}", "services[0].limits: unknown key 'new_flow', did you mean 'new_flows'?"),
+    ("gue_port: 0", "services[0].gue_port: must be at least 1, but is 0"),
+]
+
+
+@pytest.mark.parametrize(("setting", "mistake"), SETTING_MISTAKES)
+def test_mistakes_in_the_settings_of_a_service(setting: str, mistake: str) -> None:
+    assert mistakes(service(f"# a comment\n{setting}")) == [f"FILE:6: {mistake}"]
+
+
+@pytest.mark.parametrize(("setting", "mistake"), [case for case in SETTING_MISTAKES if "path means" not in case[1]])
+def test_mistakes_in_the_defaults_are_told_once(setting: str, mistake: str) -> None:
+    second = "  - {name: api, listen: '203.0.113.11:80', backends: [{address: 10.0.0.11}]}\n"
+    text = "defaults:\n" + indent(f"{setting}\n", "  ") + service() + second
+    assert mistakes(text) == [f"FILE:2: {mistake.replace('services[0]', 'defaults')}"]
+
+
+@pytest.mark.parametrize(
+    ("listen", "mistake"),
+    [
+        ("203.0.113.300:80", "203.0.113.300 is not an IP address"),
+        ("example.org:80", "example.org is a name; only IP addresses are taken, names are not looked up"),
+        ("203.0.113.10", "203.0.113.10 has no port; write 203.0.113.10:80 (port 0 means all ports)"),
+        ("2001:db8::10", "2001:db8::10 has no port; write [2001:db8::10]:80 (port 0 means all ports)"),
+        ("[203.0.113.10]:80", "[203.0.113.10]:80: brackets are for IPv6 addresses only"),
+        ("203.0.113.10:http", "http is not a port, nor a range like 8000-8099"),
+        ("203.0.113.10:", "'' is not a port, nor a range like 8000-8099"),
+        ("203.0.113.10:65536", "port 65536 is out of range; ports end at 65535"),
+        ("203.0.113.10:90-80", "the port range 90-80 runs backwards; write 80-90"),
+        ("203.0.113.10:0-80", "a port range begins at 1 or higher; write port 0 alone for all ports"),
+        ("203.0.113.10:80/sctp", "sctp is not a protocol; available: tcp, udp"),
+        ("203.0.113.10:80/", "'' is not a protocol; available: tcp, udp"),
+        ("224.0.0.1:80", "224.0.0.1 is a multicast address; packets for it cannot be balanced"),
+        ("[ff02::1]:80", "ff02::1 is a multicast address; packets for it cannot be balanced"),
+        ("0.0.0.0:80", "0.0.0.0 is an unspecified address; packets for it cannot be balanced"),
+        ("[::]:80", ":: is an unspecified address; packets for it cannot be balanced"),
+        ("127.0.0.1:80", "127.0.0.1 is a loopback address; packets for it cannot be balanced"),
+        ("[::1]:80", "::1 is a loopback address; packets for it cannot be balanced"),
+        ("[fe80::1%eth0]:80", "fe80::1%eth0 has a zone; leave out what begins with %"),
+        ("[::ffff:1.2.3.4]:80", "::ffff:1.2.3.4 never appears in a packet; write 1.2.3.4"),
+    ],
+)
+def test_mistakes_in_listen(listen: str, mistake: str) -> None:
+    assert mistakes(service(listen=listen)) == [f"FILE:3: services[0].listen: {mistake}"]
+
+
+@pytest.mark.parametrize(
+    ("item", "mistake"),
+    [
+        ("{address: 10.0.0.300}", "[1].address: 10.0.0.300 is not an IP address"),
+        ("{address: 10.0.0.0/24}", "[1].address: 10.0.0.0/24 is not an IP address"),
+        ("{address: 10}", "[1].address: 10 is not an IP address"),
+        (
+            "{address: web-1.example.org}",
+            "[1].address: web-1.example.org is a name; only IP addresses are taken, names are not looked up",
+        ),
+        (
+            "{address: localhost:80}",
+            "[1].address: localhost is a name; only IP addresses are taken, names are not looked up",
+        ),
+        ("{address: '10.0.0.1:0'}", "[1].address: a backend has one port, from 1 to 65535, not 0"),
+        ("{address: '10.0.0.1:80-90'}", "[1].address: a backend has one port, from 1 to 65535, not 80-90"),
+        (
+            "{address: 127.0.0.1}",
+            "[1].address: 127.0.0.1 is a loopback address; packets for it cannot be balanced",
+        ),
+        ("{address: 203.0.113.10}", "[1].address: 203.0.113.10 is the service's own listen address"),
+        ("{address: 10.0.0.11}", "[1].address: 10.0.0.11 is already backend 'a' of this service"),
+        ("{address: '10.0.0.11:80'}", "[1].address: 10.0.0.11:80 is already backend 'a' of this service"),
+        ("{name: a, address: 10.0.0.12}", "[1].name: the name 'a' already belongs to backend 10.0.0.11"),
+        (
+            "{name: a/b, address: 10.0.0.12}",
+            "[1].name: a/b is not a name; "
+            "a name is up to 63 letters, digits and . _ : - of ASCII, a letter or digit first",
+        ),
+        ("{name: 7, address: 10.0.0.12}", "[1].name: must be text like web-1, but is 7; put it in quotes"),
+        ("{address: 10.0.0.12, weight: 65536}", "[1].weight: must be at most 65535, but is 65536"),
+        ("{address: 10.0.0.12, weight: -1}", "[1].weight: must be at least 0, but is -1"),
+        ("{address: 10.0.0.12, weight: '5'}", "[1].weight: must be a whole number, but is the text 5"),
+        ("{address: 10.0.0.12, weight: true}", "[1].weight: must be a whole number, but is true"),
+        ("{address: 10.0.0.12, backup: 1}", "[1].backup: must be true or false, but is 1"),
+        ("{address: 10.0.0.12, wieght: 1}", "[1]: unknown key 'wieght', did you mean 'weight'?"),
+        ("{name: b}", "[1]: 'address' is missing"),
+        ("10.0.0.12", "[1]: must be a mapping, but is the text 10.0.0.12"),
+        ("", "[1]: must be a mapping, but is empty"),
+        (
+            "{address: '2001:db8::1'}",
+            "[1].address: forward: nat cannot bring IPv4 packets to an IPv6 backend; ipip and gue can",
+        ),
+    ],
+)
+def test_mistakes_in_a_backend(item: str, mistake: str) -> None:
+    text = service(backends=f"\n      - {{name: a, address: 10.0.0.11}}\n      - {item}")
+    assert mistakes(text) == [f"FILE:6: services[0].backends{mistake}"]
+
+
+@pytest.mark.parametrize("written", ["[]", "", "{}"])
+def test_a_service_needs_backends(written: str) -> None:
+    assert mistakes(service(backends=written)) == ["FILE:4: services[0].backends: a service needs at least one backend"]
+
+
+def test_a_service_of_weights_zero_is_refused() -> None:
+    assert mistakes(service(backends="[{address: 10.0.0.1, weight: 0}, {address: 10.0.0.2, weight: 0}]")) == [
+        "FILE:4: services[0].backends: all weights are 0, so that no backend would take a packet"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("forward", "listen", "mistake"),
+    [
+        ("ipip", "203.0.113.10:80", "forward: ipip cannot change the port; leave out :8080 (the port stays 80)"),
+        ("dsr", "203.0.113.10:80", "forward: dsr cannot change the port; leave out :8080 (the port stays 80)"),
+        (
+            "gue",
+            "203.0.113.10:80-90",
+            "forward: gue cannot change the port; leave out :8080 (the port stays the packet's own)",
+        ),
+    ],
+)
+def test_only_nat_can_change_the_port(forward: str, listen: str, mistake: str) -> None:
+    assert mistakes(service(f"forward: {forward}", "[{address: '10.0.0.11:8080'}]", listen)) == [
+        f"FILE:4: services[0].backends[0].address: {mistake} or use forward: nat"
+    ]
+
+
+@pytest.mark.parametrize("ports", ["80-90", "0"])
+def test_nat_keeps_the_port_where_a_service_has_several(ports: str) -> None:
+    assert mistakes(service("check: none", "[{address: '10.0.0.11:80'}]", f"203.0.113.10:{ports}")) == [
+        "FILE:4: services[0].backends[0].address: forward: nat keeps each packet's port where a service has several "
+        f"(203.0.113.10:{ports}/tcp), so that replies name the port they answer for; leave out :80"
+    ]
+
+
+def test_all_ports_leave_a_check_without_a_port() -> None:
+    assert mistakes(service(listen="203.0.113.10:0")) == [
+        "FILE:2: services[0].check: a service on all ports has no port to check; set check.port, or check: none"
+    ]
+    assert only(service("check: {port: 80}", listen="203.0.113.10:0")).check.port == 80
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "mistake"),
+    [
+        ("1.1.1.1:80", "1.1.1.1:80/tcp", "1.1.1.1:80/tcp is already served by service 'web'"),
+        ("1.1.1.1:0", "1.1.1.1:0", "1.1.1.1:0/tcp is already served by service 'web'"),
+        ("1.1.1.1:80-90", "1.1.1.1:90-99", "1.1.1.1:90-99/tcp overlaps 1.1.1.1:80-90/tcp of service 'web'"),
+        ("1.1.1.1:80-90", "1.1.1.1:81-82", "1.1.1.1:81-82/tcp overlaps 1.1.1.1:80-90/tcp of service 'web'"),
+        ("[::8]:80/udp", "[0:0::8]:80/udp", "[::8]:80/udp is already served by service 'web'"),
+    ],
+)
+def test_services_that_meet(first: str, second: str, mistake: str) -> None:
+    backend = "fd00::1" if first.startswith("[") else "10.0.0.1"
+    text = service("check: none", f"[{{address: '{backend}'}}]", first)
+    text += f"\n  - name: api\n    check: none\n    listen: '{second}'\n    backends: [{{address: '{backend}'}}]\n"
+    assert mistakes(text) == [f"FILE:8: services[1].listen: {mistake}"]
+
+
+def test_service_names_are_distinct() -> None:
+    text = service() + "  - name: web\n    listen: 203.0.113.11:80\n    backends: [{address: 10.0.0.11}]\n"
+    assert mistakes(text) == ["FILE:5: services[1].name: the name 'web' already belongs to services[0]"]
+
+
+@pytest.mark.parametrize(
+    ("top", "mistake"),
+    [
+        ("interfaces: eth0", "interfaces: must be a list, but is the text eth0"),
+        ("interfaces: [eth0, a/b]", "interfaces[1]: a/b cannot be the name of an interface"),
+        ("interfaces: [sixteen-letters-]", "interfaces[0]: sixteen-letters- cannot be the name of an interface"),
+        ("interfaces: [..]", "interfaces[0]: .. cannot be the name of an interface"),
+        ("interfaces: [eth0, eth1, eth0]", "interfaces[2]: eth0 is given twice"),
+        ("hash_key: short", "hash_key: 5 characters are too few for a secret; use 16 or more, or leave it out"),
+        ("hash_key: 5", "hash_key: must be text like a-long-random-secret, but is 5; put it in quotes"),
+        (
+            "tunnel_source: [10.9.9.9/16]",
+            "tunnel_source[0]: 10.9.9.9/16 is not a whole network, did you mean 10.9.0.0/16?",
+        ),
+        (
+            "tunnel_source: [0.0.0.0/7]",
+            "tunnel_source[0]: 0.0.0.0/7 is too large; an IPv4 prefix of /8 to /32 is possible",
+        ),
+        (
+            "tunnel_source: ['fd00::/63']",
+            "tunnel_source[0]: fd00::/63 is too large; an IPv6 prefix of /64 to /128 is possible",
+        ),
+        (
+            "tunnel_source: [10.0.0.0/8, 11.0.0.0/8]",
+            "tunnel_source[1]: a second IPv4 prefix; one for each family is possible",
+        ),
+        ("defualts: {}", "unknown key 'defualts', did you mean 'defaults'?"),
+        ("defaults: []\ndefaults: {}", "key 'defaults' is given twice, first on line 2"),
+        ("defaults: {name: x}", "defaults: unknown key 'name'"),
+        ("defaults: [a]", "defaults: must be a mapping, but is a list"),
+    ],
+)
+def test_mistakes_at_the_top(top: str, mistake: str) -> None:
+    line = 1 + len(top.splitlines())
+    (found,) = mistakes(f"# comment\n{top}\n{service()}")
+    assert found.startswith(f"FILE:{line}: {mistake}")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "FILE:1: the file is empty"),
+        ("# nothing\n", "FILE:1: the file is empty"),
+        ("[]", "FILE:1: must be a mapping with the key 'services', but is a list"),
+        ("hello", "FILE:1: must be a mapping with the key 'services', but is the text hello"),
+        ("interfaces: [eth0]", "FILE:1: 'services' is missing"),
+        ("\nservices:", "FILE:2: services: must be a list, but is empty"),
+        ("services: {web: {}}", "FILE:1: services: must be a list, but is a mapping"),
+        ("services:\n  - web", "FILE:2: services[0]: must be a mapping, but is the text web"),
+        ("services:\n  - backends: [{address: 10.0.0.1}]\n    name: a", "FILE:2: services[0]: 'listen' is missing"),
+        ("a:\n b: c: d", "FILE:2: not valid YAML: mapping values are not allowed in this context"),
+    ],
+)
+def test_files_of_the_wrong_shape(text: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(text, "FILE")
+    assert caught.value.mistakes == (found,)
+    assert caught.value.hint
+
+
+def test_a_list_of_no_services_is_a_configuration() -> None:
+    assert config.parse("services: []", "FILE") == Config((), ())
+
+
+def test_every_mistake_is_told_in_one_run_in_the_order_of_the_lines() -> None:
+    found = mistakes(
+        """\
+        hash_key: short
+        services:
+          - name: web
+            listen: 203.0.113.10:80
+            schedular: rr
+            check: {interval: 2}
+            backends:
+              - {name: a, address: 10.0.0.11}
+              - {name: a, address: 10.0.0.12, weight: x}
+              - {name: c, address: 10.0.0.300}
+          - name: web
+            listen: 203.0.113.10:80
+            forward: dsr
+            check: {rise: 0}
+            backends:
+              - address: "10.0.0.1:81"
+            backends: []
+          - name: api
+            forwrad: ipip
+            listen: 203.0.113.10:90
+            backends: [{address: "2001:db8::1"}]
+        """
+    )
+    assert found == [
+        "FILE:1: hash_key: 5 characters are too few for a secret; use 16 or more, or leave it out",
+        "FILE:5: services[0]: unknown key 'schedular', did you mean 'scheduler'?",
+        "FILE:6: services[0].check.interval: 2 has no unit; write 2s for seconds (units: ms, s, m, h)",
+        "FILE:9: services[0].backends[1].weight: must be a whole number, but is the text x",
+        "FILE:9: services[0].backends[1].name: the name 'a' already belongs to backend 10.0.0.11",
+        "FILE:10: services[0].backends[2].address: 10.0.0.300 is not an IP address",
+        "FILE:11: services[1].name: the name 'web' already belongs to services[0]",
+        "FILE:12: services[1].listen: 203.0.113.10:80/tcp is already served by service 'web'",
+        "FILE:14: services[1].check.rise: must be at least 1, but is 0",
+        "FILE:16: services[1].backends[0].address: forward: dsr cannot change the port; "
+        "leave out :81 (the port stays 80) or use forward: nat",
+        "FILE:17: services[1]: key 'backends' is given twice, first on line 15",
+        "FILE:19: services[2]: unknown key 'forwrad', did you mean 'forward'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        (
+            service(backends="[{address: 10.0.0.11}, {address: 10.0.0.11}]"),
+            "FILE:4: services[0].backends[1].address: 10.0.0.11 is already backend '10.0.0.11' of this service",
+        ),
+        (
+            "defaults: {forward: ipipp}\n" + service(backends="[{address: fd00::1}]"),
+            "FILE:1: defaults.forward: ipipp is not a forward mode, did you mean 'ipip'?",
+        ),
+        (
+            service("forwrad: ipip", "[{address: fd00::1}]"),
+            "FILE:5: services[0]: unknown key 'forwrad', did you mean 'forward'?",
+        ),
+        (
+            service(backends="[{address: 10.0.0.1, weight: 0}, {address: 10.0.0.300}]"),
+            "FILE:4: services[0].backends[1].address: 10.0.0.300 is not an IP address",
+        ),
+        (
+            service("check: {typ: http, path: /healthz}"),
+            "FILE:5: services[0].check: unknown key 'typ', did you mean 'type'?",
+        ),
+        (
+            service("check: {prot: 80}", listen="203.0.113.10:0"),
+            "FILE:5: services[0].check: unknown key 'prot', did you mean 'port'?",
+        ),
+    ],
+)
+def test_one_mistake_does_not_bring_up_others(text: str, mistake: str) -> None:
+    assert mistakes(text) == [mistake]
+
+
+def many(services: int, backends: int) -> str:
+    lines = ["services:"]
+    for s in range(services):
+        lines += [f"  - name: s{s}", f"    listen: 203.{s >> 16}.{s >> 8 & 255}.{s & 255}:80", "    backends:"]
+        lines += [f"      - {{address: 10.{b >> 16}.{b >> 8 & 255}.{b & 255}}}" for b in range(1, backends + 1)]
+    return "\n".join(lines)
+
+
+def test_too_many_services() -> None:
+    assert len(config.parse(many(4096, 1), "FILE").services) == 4096
+    assert mistakes(many(4097, 1)) == [f"FILE:{2 + 4 * 4096}: services: 4097 services are too many; 4096 are possible"]
+
+
+def test_too_many_backends_in_a_service() -> None:
+    assert len(only(many(1, 4096)).backends) == 4096
+    assert mistakes(many(1, 4097)) == [
+        f"FILE:{5 + 4096}: services[0].backends: 4097 backends are too many; 4096 are possible"
+    ]
+
+
+def test_too_many_backends_in_all() -> None:
+    text = many(16, 4096)
+    assert mistakes(text) == [
+        f"FILE:{len(text.splitlines())}: services[15].backends[4095]: "
+        "65536 backends in all are too many; 65535 are possible"
+    ]
+
+
+def test_load_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "xdplb.yaml"
+    path.write_text("\ufeff" + EXAMPLE, encoding="utf-8")
+    assert config.load(path) == config.parse(EXAMPLE, "FILE")
+    path.write_text(service("scheduler: rr"))
+    with pytest.raises(ConfigError, match="scheduler 'rr' is not available yet") as caught:
+        config.load(path)
+    assert caught.value.mistakes[0].startswith(f"{path}:5: services[0].scheduler: ")
+
+
+def test_load_says_why_a_file_cannot_be_read(tmp_path: Path) -> None:
+    def failure(path: Path) -> tuple[str, str]:
+        with pytest.raises(ConfigError) as caught:
+            config.load(path)
+        (mistake,) = caught.value.mistakes
+        return mistake.removeprefix(str(path)), caught.value.hint
+
+    mistake, hint = failure(tmp_path / "none.yaml")
+    assert mistake == ": there is no such file" and "-c FILE" in hint
+    assert failure(tmp_path)[0] == ": cannot be read: is a directory"
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"# fine\n# caf\xe9\n")
+    mistake, hint = failure(latin)
+    assert mistake == ":2: the byte 0xe9 is not UTF-8 text" and "UTF-8" in hint
+
+
+def test_the_command_line_makes_one_service() -> None:
+    found = config.from_command_line(
+        "203.0.113.10:80", ["10.0.0.11", "10.0.0.12:8080,weight=2,name=b", "10.0.0.13,backup"], ["eth0", "eth1"]
+    )
+    assert found.interfaces == ("eth0", "eth1")
+    (only_service,) = found.services
+    assert (only_service.name, only_service.forward, str(only_service.listen)) == (
+        "default",
+        Forward.NAT,
+        "203.0.113.10:80/tcp",
+    )
+    assert only_service.backends == (
+        Backend("10.0.0.11", IPv4Address("10.0.0.11"), None),
+        Backend("b", IPv4Address("10.0.0.12"), 8080, weight=2),
+        Backend("10.0.0.13", IPv4Address("10.0.0.13"), None, backup=True),
+    )
+    six = config.from_command_line("[2001:db8::10]:53/udp", ["2001:db8::1", "[2001:db8::2]:5353,backup=false"], [])
+    assert [backend.port for backend in six.services[0].backends] == [None, 5353]
+
+
+def test_mistakes_of_the_command_line_name_their_option() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_command_line(
+            "203.0.113.10",
+            ["10.0.0.300", "10.0.0.1,weight=x", "10.0.0.2,wieght=2", "10.0.0.3,weight", "10.0.0.4,name=a,name=b"],
+            ["a/b"],
+        )
+    assert caught.value.mistakes == (
+        "interface a/b: a/b cannot be the name of an interface",
+        "--listen 203.0.113.10: 203.0.113.10 has no port; write 203.0.113.10:80 (port 0 means all ports)",
+        "--backend 10.0.0.300: 10.0.0.300 is not an IP address",
+        "--backend 10.0.0.1,weight=x: weight: must be a whole number, but is the text x",
+        "--backend 10.0.0.2,wieght=2: unknown key 'wieght', did you mean 'weight'?",
+        "--backend 10.0.0.3,weight: weight needs a value: weight=...",
+        "--backend 10.0.0.4,name=a,name=b: name is given twice",
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.from_command_line("203.0.113.10:80", [], [])
+    assert caught.value.mistakes == ("--backend: a service needs at least one backend",)
+
+
+def test_the_schema_describes_every_key_of_the_example() -> None:
+    schema = json.loads(json.dumps(config.schema()))
+    example = yaml.safe_load(EXAMPLE)
+    definitions = schema["$defs"]
+    assert example.keys() <= schema["properties"].keys()
+    assert example["services"][0].keys() <= definitions["ServicePart"]["properties"].keys()
+    assert {key for one in example["services"][0]["backends"] for key in one} == definitions["BackendPart"][
+        "properties"
+    ].keys()
+    assert {"enum": ["none", "tcp", "http", "https"]} in definitions["CheckPart"]["anyOf"]
+    assert schema["required"] == ["services"]
+
+
+@given(st.integers(1, 10**9 - 1), st.sampled_from([("ms", 0.001), ("s", 1), ("m", 60), ("h", 3600)]))
+def test_durations_are_seconds(number: int, unit: tuple[str, float]) -> None:
+    assert configvalues.parse_duration(f"{number}{unit[0]}") == pytest.approx(number * unit[1], rel=1e-12)
+
+
+@given(st.integers(0, 86_400_000))
+def test_durations_in_seconds_and_milliseconds_are_the_same_to_the_bit(milliseconds: int) -> None:
+    seconds = f"{milliseconds // 1000}.{milliseconds % 1000:03}s"
+    assert (
+        configvalues.parse_duration(seconds) == configvalues.parse_duration(f"{milliseconds}ms") == milliseconds / 1000
+    )
+
+
+PORTS = st.one_of(
+    st.just((0, 65535)),
+    st.integers(1, 65535).map(lambda port: (port, port)),
+    st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(lambda pair: (min(pair), max(pair))),
+)
+ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).filter(
+    lambda a: not (a.is_multicast or a.is_unspecified or a.is_loopback or getattr(a, "ipv4_mapped", None))
+)
+LISTENS = st.tuples(ADDRESSES, PORTS, st.sampled_from(Protocol)).map(lambda t: Listen(t[0], t[1][0], t[1][1], t[2]))
+
+
+@given(LISTENS)
+def test_listen_reads_what_it_writes(listen: Listen) -> None:
+    assert configvalues.parse_listen(str(listen)) == listen
+
+
+VALID = [
+    {"name": "a", "listen": "1.1.1.1:80", "backends": [{"address": "10.0.0.1"}, {"address": "10.0.0.2:81"}]},
+    {"name": "b", "listen": "1.1.1.1:80/udp", "check": "none", "backends": [{"address": "10.0.0.1", "weight": 9}]},
+    {"name": "c", "listen": "1.1.1.1:70-90", "forward": "dsr", "backends": [{"address": "10.0.0.1"}]},
+    {"name": "d", "listen": "1.1.1.1:0", "check": {"port": 1}, "backends": [{"address": "10.0.0.1"}]},
+    {"name": "e", "listen": "[fd00::9]:443", "forward": "gue", "gue_port": 9, "backends": [{"address": "10.0.0.1"}]},
+    {"name": "f", "listen": "1.1.1.2:80", "forward": "ipip", "backends": [{"address": "fd00::1", "name": "x"}]},
+    {"name": "g", "listen": "1.1.1.2:81", "on_all_down": "fail-open", "backends": [{"address": "10.0.0.1"}]},
+    {
+        "name": "h",
+        "listen": "1.1.1.2:82",
+        "check": {"type": "https", "path": "/x", "expect": 204, "timeout": "9s"},
+        "backends": [{"address": "10.0.0.1", "weight": 0}, {"address": "10.0.0.2", "backup": True}],
+    },
+]
+
+
+@given(st.permutations(VALID), st.integers(0, len(VALID)), st.booleans())
+def test_any_subset_of_valid_services_is_valid(shuffled: list[dict[str, object]], count: int, flow: bool) -> None:
+    chosen = shuffled[:count]
+    text = yaml.safe_dump({"services": chosen}, default_flow_style=flow, sort_keys=False)
+    assert [one.name for one in config.parse(text, "FILE").services] == [one["name"] for one in chosen]
+
+
+@given(
+    st.from_regex(r"[a-z_]{1,12}", fullmatch=True).filter(lambda key: key not in {"on", "no", "off", "yes", "y", "n"}),
+    st.sampled_from(
+        [
+            ("interfaces", "", ""),
+            ("fall", "    ", "defaults.check"),
+            ("listen", "    ", "services[0]"),
+            ("new_flows", "      ", "services[0].limits"),
+            ("address", "        ", "services[0].backends[1]"),
+        ]
+    ),
+)
+def test_an_unknown_key_is_always_told_with_its_line(key: str, place: tuple[str, str, str]) -> None:
+    after, margin, path = place
+    lines = dedent(
+        """\
+        interfaces: [eth0]
+        defaults:
+          check:
+            fall: 3
+        services:
+          - name: web
+            listen: 203.0.113.10:80
+            limits:
+              new_flows: 0
+            backends:
+              - name: a
+                weight: 1
+                address: 10.0.0.11
+              - name: b
+                weight: 1
+                address: 10.0.0.12
+        """
+    ).splitlines()
+    known = set("".join(lines).replace(":", " ").split()) | KEYS_OF_THE_CONTRACT
+    if key in known:
+        return
+    index = max(number for number, line in enumerate(lines, 1) if line.strip(" -").startswith(f"{after}:"))
+    lines.insert(index, f"{margin}{key}: 1")
+    (found,) = mistakes("\n".join(lines))
+    assert found.startswith(f"FILE:{index + 1}: {path}{': ' if path else ''}unknown key {key!r}")
+
+
+KEYS_OF_THE_CONTRACT = {
+    key
+    for definition in [config.schema(), *config.schema()["$defs"].values()]  # type: ignore[attr-defined]
+    for part in [definition, *definition.get("anyOf", [])]
+    for key in part.get("properties", {})
+}
+
+WORDS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.dates(),
+    st.text(max_size=5),
+    st.sampled_from(["http", "client", "1s", "10.0.0.1", "10.0.0.1:80", "fd00::1", "0.0.0.0/0", "a", "nat", "flow"]),
+)
+
+
+def shaped(values: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    keys = st.sampled_from(sorted(KEYS_OF_THE_CONTRACT))
+    return st.lists(values, max_size=3) | st.dictionaries(keys, values, max_size=8)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(KEYS_OF_THE_CONTRACT)), st.recursive(WORDS, shaped), max_size=6))
+def test_nonsense_with_the_right_words_gets_plain_answers(data: dict[str, object]) -> None:
+    text = yaml.safe_dump({"services": [data, data], "defaults": data, **data})
+    try:
+        config.parse(text, "FILE")
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            assert mistake.startswith("FILE:") and "\n" not in mistake
+            assert not any(jargon in mistake for jargon in ("Input", "Value error", "valid ", "_type", "None", "dict"))
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_configuration_or_a_configuration_error(text: str) -> None:
+    with pytest.raises(ConfigError):
+        config.parse(text, "FILE")
+    with pytest.raises(ConfigError):
+        config.from_command_line(text, [text], [text])

@@ -1,0 +1,298 @@
+"""The values of the configuration file: text or numbers in, values of the model out, or a ValueError for people."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import NamedTuple
+
+from xdplb.model import Address, Listen, Network, Protocol
+
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
+_UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
+_HOST_NAME = re.compile(r"(?:[A-Za-z0-9_-]+\.)*[A-Za-z][A-Za-z0-9_-]*\.?")
+_HOST_PORT = re.compile(r"\[(?P<v6>[^]]*)\](?::(?P<v6port>.*))?|(?P<v4>[^][:]*)(?::(?P<v4port>[^:]*))?")
+_PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_STATUS = re.compile(r"([1-5][0-9]{2})(?:-([1-5][0-9]{2}))?")
+_TARGET = re.compile(r"/[!-~]*")
+_HTTP_HOST = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}")
+
+
+def shown(value: object) -> str:
+    """A value of the file as part of a one-line sentence."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        shown = value if re.fullmatch(r"[^\s'\"]+", value) and value.isprintable() else repr(value)
+        return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a very large number"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else str(value)
+
+
+def told(value: object) -> str:
+    """The same after "but is", where text and number must not look alike."""
+    return f"the text {shown(value)}" if isinstance(value, str) else shown(value)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _text(value: object, example: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"must be text like {example}, but is {told(value)}; put it in quotes")
+
+
+def parse_duration(value: object) -> float:
+    """Seconds. `2s`, `500ms`, `1.5s`, `2m`, `1h`; only 0 needs no unit. Raises ValueError."""
+    if value == 0 and not isinstance(value, bool):
+        return 0.0
+    match = DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        if isinstance(value, int | float | str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", str(value)):
+            raise ValueError(f"{value} has no unit; write {value}s for seconds (units: ms, s, m, h)")
+        raise ValueError(f"{shown(value)} is not a duration like 2s, 500ms, 1.5s or 5m")
+    number, unit = match.groups()
+    return float(number) * _UNIT_MS[unit] / 1000
+
+
+def parse_interval(value: object) -> float:
+    seconds = parse_duration(value)
+    if not 0.001 <= seconds <= 86_400:
+        raise ValueError(f"{shown(value)} is too {'short' if seconds < 1 else 'long'}; from 1ms to 24h is possible")
+    return seconds
+
+
+def choice(what: str, available: type[StrEnum], later: Sequence[str]) -> Callable[[object], StrEnum]:
+    """A parser of words out of `available`; `later` are words of the contract whose feature does not exist yet."""
+    words = {member.value: member for member in available}
+    article = "an" if what[0] in "aeiou" else "a"
+    ending = f"available: {', '.join(words)}"
+
+    def parse(value: object) -> StrEnum:
+        if isinstance(value, str) and value in words:
+            return words[value]
+        if value in later:
+            raise ValueError(f"{what} {value!r} is not available yet; {ending}")
+        guess = did_you_mean(value, words) if isinstance(value, str) else ""
+        raise ValueError(f"{shown(value)} is not {article} {what}{guess or f'; {ending}'}")
+
+    return parse
+
+
+def _parse_address(text: str) -> Address:
+    """An address a service or a backend may have."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        if _HOST_NAME.fullmatch(text):
+            raise ValueError(f"{shown(text)} is a name; only IP addresses are taken, names are not looked up") from None
+        raise ValueError(f"{shown(text)} is not an IP address") from None
+    if "%" in text:
+        raise ValueError(f"{text} has a zone; leave out what begins with %")
+    if address.version == 6 and address.ipv4_mapped:
+        raise ValueError(f"{text} never appears in a packet; write {address.ipv4_mapped}")
+    for kind in ("multicast", "unspecified", "loopback"):
+        if getattr(address, f"is_{kind}"):
+            raise ValueError(
+                f"{text} is {'an' if kind[0] == 'u' else 'a'} {kind} address; packets for it cannot be balanced"
+            )
+    return address
+
+
+def _split_port(text: str) -> tuple[Address, str | None]:
+    """`10.0.0.1`, `10.0.0.1:80`, `[2001:db8::1]`, `[2001:db8::1]:80` or a bare IPv6 address."""
+    match = _HOST_PORT.fullmatch(text)
+    if match is None or match["v6"] is None:
+        return _parse_address(match["v4"] if match else text), match["v4port"] if match else None
+    address = _parse_address(match["v6"])
+    if address.version == 4:
+        raise ValueError(f"{shown(text)}: brackets are for IPv6 addresses only")
+    return address, match["v6port"]
+
+
+def _parse_ports(text: str) -> tuple[int, int]:
+    """The first and the last port of `80`, of `8000-8099`, or of `0`, which means all."""
+    match = _PORTS.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{shown(text)} is not a port, nor a range like 8000-8099")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if max(first, last) > 65535:
+        raise ValueError(f"port {max(first, last)} is out of range; ports end at 65535")
+    if match[2] is None:
+        return (first, last) if first else (0, 65535)
+    if first == 0:
+        raise ValueError("a port range begins at 1 or higher; write port 0 alone for all ports")
+    if first > last:
+        raise ValueError(f"the port range {text} runs backwards; write {last}-{first}")
+    return first, last
+
+
+def parse_listen(value: object) -> Listen:
+    """`203.0.113.10:80/tcp`, `[2001:db8::10]:8000-8099/udp`; tcp where no protocol is given. Raises ValueError."""
+    text = _text(value, "203.0.113.10:80/tcp")
+    where, slash, protocol = text.partition("/")
+    address, ports = _split_port(where)
+    if ports is None:
+        host = f"[{address}]" if address.version == 6 else address
+        raise ValueError(f"{where} has no port; write {host}:80 (port 0 means all ports)")
+    if slash and protocol not in list(Protocol):
+        raise ValueError(f"{shown(protocol)} is not a protocol; available: {', '.join(Protocol)}")
+    first, last = _parse_ports(ports)
+    return Listen(address, first, last, Protocol(protocol) if slash else Protocol.TCP)
+
+
+class Endpoint(NamedTuple):
+    """A backend's address; `text` is how it was written."""
+
+    address: Address
+    port: int | None
+    text: str
+
+
+def parse_endpoint(value: object) -> Endpoint:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not an IP address")
+    address, port = _split_port(value)
+    if port is None:
+        return Endpoint(address, None, value)
+    first, last = _parse_ports(port)
+    if first != last:
+        raise ValueError(f"a backend has one port, from 1 to 65535, not {port}")
+    return Endpoint(address, first, value)
+
+
+def _parse_network(value: object) -> Network:
+    text = _text(value, "10.99.0.0/16")
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"{shown(text)} is not a network like 10.99.0.0/16") from None
+    if ip_interface(text).ip != network.network_address:
+        raise ValueError(f"{text} is not a whole network, did you mean {network}?")
+    return network
+
+
+def parse_tunnel_prefix(value: object) -> Network:
+    network = _parse_network(value)
+    shortest, longest = (8, 32) if network.version == 4 else (64, 128)
+    if network.prefixlen < shortest:
+        raise ValueError(
+            f"{network} is too large; an IPv{network.version} prefix of /{shortest} to /{longest} is possible"
+        )
+    return network
+
+
+def parse_name(value: object) -> str:
+    text = _text(value, "web-1")
+    if not NAME.fullmatch(text):
+        allowed = "up to 63 letters, digits and . _ : - of ASCII, a letter or digit first"
+        raise ValueError(f"{shown(text)} is not a name; a name is {allowed}")
+    return text
+
+
+def parse_interface(value: object) -> str:
+    """dev_valid_name() of the kernel's net/core/dev.c."""
+    text = _text(value, "eth0")
+    if not re.fullmatch(r"[^\s/:]{1,15}", text) or len(text.encode()) > 15 or text in (".", ".."):
+        raise ValueError(f"{shown(text)} cannot be the name of an interface")
+    return text
+
+
+def parse_hash_key(value: object) -> str:
+    text = _text(value, "a-long-random-secret")
+    if text and len(text) < 16:
+        raise ValueError(f"{len(text)} characters are too few for a secret; use 16 or more, or leave it out")
+    return text
+
+
+def parse_check_path(value: object) -> str:
+    text = _text(value, "/healthz")
+    if not _TARGET.fullmatch(text):
+        raise ValueError(f"{shown(text)} is not a path; it begins with / and has no spaces")
+    return text
+
+
+def parse_check_host(value: object) -> str:
+    text = _text(value, "example.org")
+    if not _HTTP_HOST.fullmatch(text):
+        raise ValueError(f"{shown(text)} cannot stand in a Host header; write example.org or example.org:8080")
+    return text
+
+
+def parse_expect(value: object) -> tuple[tuple[int, int], ...]:
+    """Inclusive ranges of HTTP status codes: `200`, `200-399`, `200,301-302`."""
+    ranges = []
+    for part in str(value).split(",") if isinstance(value, int | str) else [""]:
+        match = _STATUS.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ValueError(f"{shown(value)} does not name status codes; write 200, 200-399 or 200,301-302")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+class Affinity(StrEnum):
+    FLOW = "flow"
+
+
+class OnDown(StrEnum):
+    REHASH = "rehash"
+
+
+_affinity_word = choice("affinity", Affinity, ("client",))
+
+
+def parse_affinity(value: object) -> StrEnum:
+    """A word, or a mapping of the word to its settings, of which `flow` has none."""
+    if isinstance(value, dict) and len(value) == 1:
+        word, settings = next(iter(value.items()))
+        if word == Affinity.FLOW and settings:
+            raise ValueError("flow has no settings; write affinity: flow")
+        return _affinity_word(word)
+    return _affinity_word(value)
+
+
+def parse_slow_start(value: object) -> float:
+    if parse_duration(value) != 0:
+        raise ValueError("slow_start is not available yet; only 0s is possible")
+    return 0.0
+
+
+def parse_allow(value: object) -> list[Network]:
+    networks = _networks(value)
+    if not networks or any(network.prefixlen for network in networks):
+        raise ValueError("allow is not available yet; only everybody, [0.0.0.0/0], is possible")
+    return networks
+
+
+def parse_deny(value: object) -> list[Network]:
+    networks = _networks(value)
+    if networks:
+        raise ValueError("deny is not available yet; only [] is possible")
+    return networks
+
+
+def _networks(value: object) -> list[Network]:
+    if not isinstance(value, list):
+        raise ValueError(f"must be a list of networks, but is {told(value)}")
+    return [_parse_network(item) for item in value]
+
+
+def parse_limit(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"must be a whole number from 0, but is {told(value)}")
+    if value:
+        raise ValueError("limits are not available yet; only 0, none, is possible")
+    return value
