@@ -1,0 +1,71 @@
+"""Whether a backend works, as told by the results of its checks. Pure: the caller brings the results and the time.
+
+    UNKNOWN ── first result ──► UP ── `fall` failures in a row ──► DOWN ── `rise` successes in a row ──► UP
+
+The reasons are the codes people know from HAProxy ("show servers state", check_status in the statistics):
+
+    INI         no check has ended yet          L7OK/200    HTTP status as expected
+    no check    `check: none`                   L7STS/500   HTTP status not expected
+    L4OK        TCP connection opened           L7RSP       no valid HTTP answer
+    L4CON       refused or unreachable          L7TOUT      connected, no answer in time
+    L4TOUT      no TCP connection in time
+    L6RSP       TLS handshake failed
+    L6TOUT      no TLS handshake in time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xdplb.model import Check, CheckType, HealthState
+
+NOT_CHECKED_YET = "INI"
+NO_CHECK = "no check"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """How one check ended. `duration_s` is from its start to its verdict."""
+
+    ok: bool
+    reason: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`streak` counts the latest results in a row that speak against `state`; it is 0 while UNKNOWN.
+
+    `reason` and `duration_s` are the latest result's; `since` is when `state` last changed, on the caller's clock.
+    """
+
+    state: HealthState
+    streak: int
+    reason: str
+    since: float
+    duration_s: float
+
+
+def initial(check: Check, now: float) -> Health:
+    """Before the first result. A backend without a check is UP from the start."""
+    if check.type is CheckType.NONE:
+        return Health(HealthState.UP, 0, NO_CHECK, now, 0.0)
+    return Health(HealthState.UNKNOWN, 0, NOT_CHECKED_YET, now, 0.0)
+
+
+def observe(health: Health, result: CheckResult, check: Check, now: float) -> Health:
+    """The health after one more result. An UNKNOWN backend takes its first result for a verdict."""
+    claimed = HealthState.UP if result.ok else HealthState.DOWN
+    if health.state is claimed:
+        return Health(health.state, 0, result.reason, health.since, result.duration_s)
+    streak = health.streak + 1
+    needed = 1 if health.state is HealthState.UNKNOWN else check.rise if result.ok else check.fall
+    if streak < needed:
+        return Health(health.state, streak, result.reason, health.since, result.duration_s)
+    return Health(claimed, 0, result.reason, now, result.duration_s)
+
+
+def next_interval_s(health: Health, check: Check) -> float:
+    """From the start of the latest check to the start of the next: shorter while a verdict is pending."""
+    transitional = health.state is HealthState.UNKNOWN or health.streak > 0
+    return check.fast_interval_s if transitional else check.interval_s
