@@ -1,0 +1,130 @@
+"""What each backend should get, derived from configuration, health, administrative state and reachability. Pure.
+
+This is the one place that decides who serves; everything after it only carries the decision out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xdplb.model import Address, Admin, Backend, BackendKey, Config, Forward, HealthState, OnAllDown, Protocol, Service
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How frames get to a backend: what the next hop's resolution came to."""
+
+    ifindex: int
+    source_mac: bytes
+    dest_mac: bytes
+    source: Address | None
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
+    holds.
+    """
+
+    health: HealthState = HealthState.UNKNOWN
+    admin: Admin = Admin.ACTIVE
+    weight: int | None = None
+    way: Way | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredBackend:
+    """`weight` is the effective one: its share of the slots. `up`: takes packets at all."""
+
+    config: Backend
+    weight: int
+    up: bool
+    way: Way | None
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredService:
+    config: Service
+    backends: tuple[DesiredBackend, ...]
+
+
+def configured_weight(backend: Backend, status: BackendStatus) -> int:
+    return backend.weight if status.weight is None else status.weight
+
+
+def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str, int]:
+    """Effective weights of the backends that take new flows, by name.
+
+    Healthy, active, reachable ones serve; backups only where none of the others does. Where nobody is healthy,
+    `on_all_down: fail-open` lets everybody serve whose state is not known to be anything but bad health.
+    """
+
+    def weights(backup: bool, states: set[HealthState]) -> dict[str, int]:
+        return {
+            backend.name: weight
+            for backend in service.backends
+            if backend.backup is backup
+            and (status := statuses[backend.name]).health in states
+            and status.admin is Admin.ACTIVE
+            and status.way is not None
+            and (weight := configured_weight(backend, status)) > 0
+        }
+
+    healthy = {HealthState.UP}
+    chosen = weights(False, healthy) or weights(True, healthy)
+    if not chosen and service.on_all_down is OnAllDown.FAIL_OPEN:
+        chosen = weights(False, set(HealthState))
+    return chosen
+
+
+def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: frozenset[BackendKey]) -> DesiredService:
+    """What the packet path should do for one service."""
+    weights = serving(service, statuses)
+    return DesiredService(
+        service,
+        tuple(
+            DesiredBackend(
+                config=backend,
+                weight=weights.get(backend.name, 0),
+                up=backend.name in weights,
+                way=statuses[backend.name].way,
+                shared=BackendKey(service.name, backend.name) in shared,
+            )
+            for backend in service.backends
+        ),
+    )
+
+
+def shared_backends(config: Config) -> frozenset[BackendKey]:
+    """NAT backends whose (address, protocol, port) serves several services: their replies alone do not name the
+    service.
+    """
+    claims: defaultdict[tuple[Address, Protocol], list[tuple[int, int, BackendKey]]] = defaultdict(list)
+    for service in config.services:
+        if service.forward is not Forward.NAT:
+            continue
+        for backend in service.backends:
+            first, last = reply_ports(service, backend)
+            key = BackendKey(service.name, backend.name)
+            claims[backend.address, service.listen.protocol].append((first, last, key))
+    shared: set[BackendKey] = set()
+    for group in claims.values():
+        group.sort()
+        reach, widest = -1, None
+        for first, last, key in group:
+            if first <= reach and widest is not None:
+                shared |= {key, widest}
+            if last > reach:
+                reach, widest = last, key
+    return frozenset(shared)
+
+
+def reply_ports(service: Service, backend: Backend) -> tuple[int, int]:
+    """The ports that a NAT backend's replies come from, first and last."""
+    if backend.port is not None:
+        return backend.port, backend.port
+    return service.listen.first_port, service.listen.last_port

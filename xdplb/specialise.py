@@ -1,0 +1,66 @@
+"""What program and what maps a configuration needs. Pure."""
+
+from __future__ import annotations
+
+from xdplb import abi, maglev
+from xdplb.abi import Features, Geometry
+from xdplb.endpoints import address_buckets_for, intervals_for
+from xdplb.model import Config, Forward
+
+_MIN_BACKENDS = 1024
+_MIN_SLOTS = 1 << 17
+
+
+def features(config: Config, tx_by_redirect: bool) -> Features:
+    """Stages, families and modes that some service needs. Without services: those of the smallest program."""
+    modes = {service.forward for service in config.services}
+    listening = {service.listen.address.version for service in config.services}
+    outer = {
+        backend.address.version
+        for service in config.services
+        if service.forward.encapsulates
+        for backend in service.backends
+    }
+    return Features(
+        ipv4=4 in listening,
+        ipv6=6 in listening,
+        nat=Forward.NAT in modes,
+        dsr=Forward.DSR in modes,
+        ipip=Forward.IPIP in modes,
+        gue=Forward.GUE in modes,
+        outer_ipv4=4 in outer,
+        outer_ipv6=6 in outer,
+        tx_by_redirect=tx_by_redirect,
+    )
+
+
+def geometry(config: Config) -> Geometry:
+    """Maps that hold the configuration twice over, so that a reload seldom needs larger ones."""
+    backends = sum(len(service.backends) for service in config.services)
+    slots = sum(maglev.table_size(len(service.backends)) for service in config.services)
+    addresses = {service.listen.address for service in config.services}
+    addresses |= {b.address for s in config.services if s.forward is Forward.NAT for b in s.backends}
+    return Geometry(
+        services=abi.MAX_SERVICES,
+        backends=min(max(_power_of_two(2 * backends), _MIN_BACKENDS), abi.MAX_BACKENDS),
+        slots=max(_power_of_two(2 * slots), _MIN_SLOTS),
+        address_buckets=address_buckets_for(2 * len(addresses)),
+        intervals=intervals_for(2 * (len(config.services) + backends)),
+    )
+
+
+def fits(config: Config, current: Geometry) -> bool:
+    """Do maps of that geometry hold the configuration, with room for services to move their slots?"""
+    slots = sum(maglev.table_size(len(service.backends)) for service in config.services)
+    backends = sum(len(service.backends) for service in config.services)
+    needed = geometry(config)
+    return (
+        slots * 3 // 2 <= current.slots
+        and backends <= current.backends
+        and needed.address_buckets <= 2 * current.address_buckets
+        and needed.intervals <= 2 * current.intervals
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
