@@ -1,0 +1,243 @@
+"""How commands reach a running daemon: JSON lines over a unix socket.
+
+    {"command": "status", "service": "web"}
+    {"ok": true, "result": {...}}
+    {"ok": false, "error": {"message": "...", "hint": "...", "exit_code": 1, "mistakes": [...], "log": "..."}}
+
+Who may use the socket may do all that the daemon does, so it belongs to root and, where there is one, to the group
+"xdplb". `mistakes` stand where a configuration is not valid, `log` where a program did not compile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from xdplb import __version__
+from xdplb.errors import (
+    BY_EXIT_CODE,
+    CompileError,
+    ConfigError,
+    DaemonUnreachable,
+    NotPrivileged,
+    UsageError,
+    XdplbError,
+)
+from xdplb.paths import Instance, make_directory
+
+JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+Request: TypeAlias = dict[str, JSON]
+Handler: TypeAlias = Callable[[Request], Awaitable[JSON]]
+
+GROUP = "xdplb"
+MAX_REQUEST_BYTES = 16 << 20
+"""Of one line. `diff` sends a whole configuration: 65,535 backends are about 5 MiB."""
+GRACE_S = 2.0
+"""How long a closing server waits for answers that are under way."""
+
+log = logging.getLogger(__name__)
+
+
+class ControlServer:
+    """Answers requests while entered. The caller holds the instance's lock: a socket file found is a dead daemon's."""
+
+    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+        self._path = path
+        self._handlers = handlers
+        self._idle: set[asyncio.Task[None]] = set()
+        self._busy: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    async def __aenter__(self) -> Self:
+        listener = _bind(self._path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST_BYTES)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._closing = True
+        self._path.unlink(missing_ok=True)
+        self._server.close()
+        busy = set(self._busy)
+        for task in self._idle:
+            task.cancel()
+        if busy:
+            await asyncio.wait(busy, timeout=GRACE_S)
+        rest = self._idle | self._busy
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until its end. Requests of one connection are answered in their order."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._idle.add(task)
+        try:
+            while not self._closing and (line := await _read_line(reader)) != b"":
+                self._idle.discard(task)
+                self._busy.add(task)
+                answer = _too_long() if line is None else await self._answer(line)
+                writer.write(answer + b"\n")
+                await writer.drain()
+                if line is None:
+                    break
+                self._busy.discard(task)
+                self._idle.add(task)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._idle.discard(task)
+            self._busy.discard(task)
+            writer.close()
+
+    async def _answer(self, line: bytes) -> bytes:
+        try:
+            request = _parse_request(line)
+            command = request.get("command")
+            handler = self._handlers.get(command) if isinstance(command, str) else None
+            if handler is None:
+                known = ", ".join(sorted(self._handlers))
+                raise UsageError(
+                    f"the daemon has no command {command!r}", f"It is xdplb {__version__} and knows: {known}."
+                )
+            result = await handler(request)
+            return json.dumps({"ok": True, "result": result}).encode()
+        except XdplbError as error:
+            return _refusal(error)
+        except Exception:
+            log.exception("a bug in the handler of %r", line[:200])
+            return _refusal(XdplbError("internal error of the daemon", "Its log has the traceback. This is a bug."))
+
+
+def _parse_request(line: bytes) -> Request:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the request is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise UsageError("the request is not a JSON object", 'It looks like {"command": "status"}.')
+    return request
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes | None:
+    """One request; b"" at the end of the connection, None where it is longer than MAX_REQUEST_BYTES."""
+    try:
+        return await reader.readline()
+    except ValueError:
+        return None
+
+
+def _too_long() -> bytes:
+    return _refusal(UsageError(f"the request is longer than {MAX_REQUEST_BYTES >> 20} MiB"))
+
+
+def _refusal(error: XdplbError) -> bytes:
+    body: dict[str, JSON] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    if isinstance(error, ConfigError):
+        body["mistakes"] = list(error.mistakes)
+    if isinstance(error, CompileError):
+        body["log"] = error.log
+    return json.dumps({"ok": False, "error": body}).encode()
+
+
+def _bind(path: Path) -> socket.socket:
+    """A bound socket that never had wider rights than 0660, nor the wrong group once it listens."""
+    make_directory(path.parent)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.setblocking(False)
+        with _umask(0o117):
+            listener.bind(str(path))
+        with suppress(KeyError):
+            os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
+    except OSError as error:
+        listener.close()
+        hint = "Another directory: XDPLB_RUNTIME_DIRECTORY." if len(str(path)) > 107 else ""
+        raise XdplbError(f"cannot open the control socket {path}: {error.strerror or error}", hint) from None
+    return listener
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def call(instance: Instance, command: str, timeout_s: float = 10.0, **params: JSON) -> JSON:
+    """The daemon's answer to one request. Raises what the daemon raised, DaemonUnreachable, or NotPrivileged."""
+    request = json.dumps({"command": command, **params}).encode() + b"\n"
+    answer = _exchange(instance, request, timeout_s)
+    try:
+        body = json.loads(answer)
+        if body["ok"]:
+            result: JSON = body["result"]
+            return result
+        error = _from_refusal(body["error"])
+    except (ValueError, KeyError, TypeError):
+        raise DaemonUnreachable(f"what answers on {instance.control} is not an xdplb daemon") from None
+    raise error
+
+
+def _exchange(instance: Instance, request: bytes, timeout_s: float) -> bytes:
+    deadline = time.monotonic() + timeout_s
+    answer = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(str(instance.control))
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused half-way: the reason is there to read
+                connection.sendall(request)
+            while not answer.endswith(b"\n"):
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                piece = connection.recv(1 << 20)
+                if not piece:
+                    break
+                answer += piece
+        except OSError as error:
+            raise _unreachable(instance, error, timeout_s) from None
+    if not answer:
+        raise DaemonUnreachable(f"the daemon on {instance.name} closed the connection without an answer")
+    return bytes(answer)
+
+
+def _unreachable(instance: Instance, error: OSError, timeout_s: float) -> XdplbError:
+    start = f"Start it with: xdplb up {instance.name}"
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return DaemonUnreachable(f"no xdplb daemon runs on {instance.name}", start)
+        case ConnectionRefusedError():
+            hint = f"{start} (it takes over the packet path that is there; nothing is interrupted)"
+            return DaemonUnreachable(f"the xdplb daemon on {instance.name} is gone; its socket is left over", hint)
+        case PermissionError():
+            hint = f"Use sudo, or join the group {GROUP!r}."
+            return NotPrivileged(f"you may not open the control socket {instance.control}", hint)
+        case TimeoutError():
+            return DaemonUnreachable(f"the xdplb daemon on {instance.name} did not answer within {timeout_s:g} s")
+    return DaemonUnreachable(f"the xdplb daemon on {instance.name} does not answer: {error.strerror or error}")
+
+
+def _from_refusal(body: dict[str, JSON]) -> XdplbError:
+    message, hint, mistakes, log_text = str(body["message"]), str(body["hint"]), body.get("mistakes"), body.get("log")
+    if isinstance(mistakes, list):
+        return ConfigError([str(mistake) for mistake in mistakes], hint)
+    if isinstance(log_text, str):
+        return CompileError(message, hint, log_text)
+    exit_code = body["exit_code"]
+    kind = BY_EXIT_CODE.get(exit_code, XdplbError) if isinstance(exit_code, int) else XdplbError
+    return kind(message, hint)

@@ -1,0 +1,110 @@
+"""Where a running xdplb keeps what outlives a process: its control socket and lock, its pinned maps, its secrets.
+
+An instance is one packet path and the daemon that steers it; its name is its first interface.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdplb.errors import DaemonUnreachable, UsageError
+
+_INTERFACE = re.compile(r"[^\s/:\x00]{1,15}")
+"""What the kernel takes as a name (dev_valid_name in net/core/dev.c)."""
+
+
+def runtime_directory() -> Path:
+    """Sockets, locks, manifests. Gone after a reboot, as is the packet path."""
+    return Path(os.environ.get("XDPLB_RUNTIME_DIRECTORY", "/run/xdplb"))
+
+
+def pin_directory() -> Path:
+    """On a bpffs: the pinned maps."""
+    return Path(os.environ.get("XDPLB_PIN_DIRECTORY", "/sys/fs/bpf/xdplb"))
+
+
+def state_directory() -> Path:
+    """What has to outlive a reboot: the hash key, weights and states set by hand."""
+    return Path(os.environ.get("XDPLB_STATE_DIRECTORY", "/var/lib/xdplb"))
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """The places of one instance. `name` is its first interface; UsageError where no interface can have that name."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _INTERFACE.fullmatch(self.name) or self.name in (".", ".."):
+            hint = "At most 15 characters, without spaces, slashes and colons; `ip link` lists those of this host."
+            raise UsageError(f"{self.name!r} is not an interface name", hint)
+
+    @property
+    def runtime(self) -> Path:
+        return runtime_directory() / self.name
+
+    @property
+    def control(self) -> Path:
+        return self.runtime / "control.sock"
+
+    @property
+    def manifest(self) -> Path:
+        return self.runtime / "manifest.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.runtime / "lock"
+
+    @property
+    def log(self) -> Path:
+        """What a daemon started by `up -d` prints."""
+        return self.runtime / "log"
+
+    @property
+    def pins(self) -> Path:
+        return pin_directory() / self.name
+
+    @property
+    def exists(self) -> bool:
+        """A daemon runs, or left its packet path behind."""
+        return self.control.exists() or self.manifest.exists()
+
+
+def instances() -> list[Instance]:
+    """The existing ones, by name."""
+    try:
+        names = sorted(entry.name for entry in runtime_directory().iterdir() if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [instance for instance in map(Instance, names) if instance.exists]
+
+
+def only_instance(interface: str | None = None) -> Instance:
+    """The instance on `interface`, or the only one there is.
+
+    Raises DaemonUnreachable where there is none, UsageError where there are several to choose from.
+    """
+    found = instances()
+    names = ", ".join(instance.name for instance in found)
+    if interface is not None:
+        instance = Instance(interface)
+        if instance not in found:
+            hint = f"There is one on: {names}." if found else f"Start one with: xdplb up {interface}"
+            raise DaemonUnreachable(f"no xdplb runs on {interface}", hint)
+        return instance
+    if not found:
+        raise DaemonUnreachable("no xdplb runs on this host", "Start one with: xdplb up IFACE")
+    if len(found) > 1:
+        raise UsageError(f"several xdplb run on this host: {names}", f"Choose one: --interface {found[0].name}")
+    return found[0]
+
+
+def make_directory(path: Path) -> None:
+    """Creates `path` and what is missing above it, mode 0755 whatever the umask: who may talk is said by the socket."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o755)
