@@ -1,0 +1,166 @@
+"""The control socket's commands: what a running daemon answers and does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from xdplb import config as configuration
+from xdplb.control import JSON, Handler, Request
+from xdplb.errors import UsageError
+from xdplb.model import Admin, Backend, BackendKey, Config, Service
+
+if TYPE_CHECKING:
+    from xdplb.daemon import Daemon
+
+MAX_WEIGHT = 65535
+_ACTIONS = {"drain": Admin.DRAIN, "ready": Admin.ACTIVE, "maint": Admin.MAINT}
+
+
+class Commands:
+    """Handlers over one daemon; each returns the JSON of interface.md or raises XdplbError."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.handlers: dict[str, Handler] = {
+            "status": self._status,
+            "diff": self._diff,
+            "reload": self._reload,
+            "backend": self._backend,
+        }
+
+    async def _status(self, request: Request) -> JSON:
+        wanted = request.get("service")
+        services = [s for s in self._daemon.config.services if wanted in (None, s.name)]
+        if wanted is not None and not services:
+            raise UsageError(f"there is no service '{wanted}'", f"there are: {', '.join(self._names())}")
+        return {"services": [self._service(service) for service in services]}
+
+    def _service(self, service: Service) -> JSON:
+        desired = {backend.config.name: backend for backend in self._daemon.engine.desired(service).backends}
+        backends: list[JSON] = []
+        for backend in service.backends:
+            key = BackendKey(service.name, backend.name)
+            health, status = self._daemon.health[key], self._daemon.statuses.get(key)
+            backends.append(
+                {
+                    "name": backend.name,
+                    "address": backend.label(service.listen),
+                    "state": health.state.value,
+                    "admin": status.admin.value,
+                    "reason": health.reason,
+                    "weight": backend.weight if status.weight is None else status.weight,
+                    "effective_weight": desired[backend.name].weight,
+                    "active_flows": None,
+                    "last_change": _timestamp(health.since),
+                    "backup": backend.backup,
+                    "reachable": status.way is not None,
+                    "check": {"duration_ms": round(1000 * health.duration_s, 3)},
+                }
+            )
+        return {
+            "name": service.name,
+            "listen": str(service.listen),
+            "forward": service.forward.value,
+            "scheduler": service.scheduler.value,
+            "backends": backends,
+        }
+
+    async def _diff(self, request: Request) -> JSON:
+        text, name = request.get("text"), request.get("name")
+        if not isinstance(text, str) or not isinstance(name, str):
+            raise UsageError("diff takes the text of a configuration and its name")
+        return self._difference(await asyncio.to_thread(configuration.parse, text, name))
+
+    async def _reload(self, request: Request) -> JSON:
+        config = await self._daemon.reload_file()
+        difference = self._difference(config)
+        await self._daemon.reload(config)
+        return difference
+
+    def _difference(self, config: Config) -> JSON:
+        moves = self._daemon.engine.moves(config)
+        return {
+            "changes": list(changes(self._daemon.config, config)),
+            "services": [{"name": name, "slots_moved_percent": round(share, 2)} for name, share in moves.items()],
+            "flows_broken": None,
+        }
+
+    async def _backend(self, request: Request) -> JSON:
+        key, backend = self._find(str(request.get("service")), str(request.get("backend")))
+        daemon, action = self._daemon, request.get("action")
+        status = daemon.statuses.get(key)
+        if action == "weight":
+            weight = request.get("weight")
+            if not isinstance(weight, int) or not 0 <= weight <= MAX_WEIGHT:
+                raise UsageError(f"{weight!r} is no weight", f"a whole number from 0 to {MAX_WEIGHT}")
+            status = replace(status, weight=None if weight == backend.weight else weight)
+        elif action in _ACTIONS:
+            status = replace(status, admin=_ACTIONS[str(action)])
+        else:
+            raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
+        daemon.steering.set(key, backend, status.admin, status.weight)
+        daemon.statuses.set(key, status)
+        daemon.steer(key)
+        return {"service": key.service, "backend": key.backend, "admin": status.admin.value, "weight": status.weight}
+
+    def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:
+        known = {s.name: {b.name: b for b in s.backends} for s in self._daemon.config.services}
+        if service not in known:
+            raise UsageError(f"there is no service '{service}'", f"there are: {', '.join(known)}")
+        if backend not in known[service]:
+            raise UsageError(f"{service} has no backend '{backend}'", f"it has: {', '.join(known[service])}")
+        return BackendKey(service, backend), known[service][backend]
+
+    def _names(self) -> list[str]:
+        return [service.name for service in self._daemon.config.services]
+
+
+def changes(old: Config, new: Config) -> Iterator[JSON]:
+    """What differs, service by service and backend by backend."""
+    before, after = ({s.name: s for s in config.services} for config in (old, new))
+    for name in before.keys() - after.keys():
+        yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
+    for name, service in after.items():
+        if name not in before:
+            yield {
+                "kind": "add",
+                "what": f"service {name}",
+                "detail": f"{service.listen}, {len(service.backends)} backends",
+            }
+        elif before[name] != service:
+            yield from _service_changes(before[name], service)
+
+
+def _service_changes(old: Service, new: Service) -> Iterator[JSON]:
+    for name in ("listen", "forward", "scheduler", "check", "on_all_down", "gue_port"):
+        if getattr(old, name) != getattr(new, name):
+            detail = (
+                f"{name} {_shown(getattr(old, name))} -> {_shown(getattr(new, name))}" if name != "check" else "check"
+            )
+            yield {"kind": "change", "what": f"service {new.name}", "detail": detail}
+    before, after = ({b.name: b for b in service.backends} for service in (old, new))
+    for name in before.keys() - after.keys():
+        yield {"kind": "remove", "what": f"backend {new.name}/{name}", "detail": before[name].label(old.listen)}
+    for name, backend in after.items():
+        what = f"backend {new.name}/{name}"
+        if name not in before:
+            yield {"kind": "add", "what": what, "detail": f"{backend.label(new.listen)}, weight {backend.weight}"}
+        elif before[name] != backend:
+            fields = ("address", "port", "weight", "backup")
+            differing = [f for f in fields if getattr(before[name], f) != getattr(backend, f)]
+            detail = ", ".join(
+                f"{f} {_shown(getattr(before[name], f))} -> {_shown(getattr(backend, f))}" for f in differing
+            )
+            yield {"kind": "change", "what": what, "detail": detail}
+
+
+def _shown(value: object) -> str:
+    return "the service's" if value is None else str(value)
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,71 @@
+"""What operators set by hand (drain, maint, weight), remembered over restarts until the file changes that backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdplb.errors import XdplbError
+from xdplb.model import Admin, Backend, BackendKey, Config
+from xdplb.paths import make_directory
+
+
+@dataclass(frozen=True, slots=True)
+class Steer:
+    """`weight` is None where the file's holds. `written` is the backend as the file had it then."""
+
+    admin: Admin
+    weight: int | None
+    written: str
+
+
+def fingerprint(backend: Backend) -> str:
+    return f"{backend.address} {backend.port} {backend.weight} {backend.backup}"
+
+
+class Steering:
+    """The steers of one instance, kept in `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._steers: dict[BackendKey, Steer] = {}
+        self._read()
+
+    def set(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
+        """Remembers it, on disk before it returns. The file's own values need no memory."""
+        if admin is Admin.ACTIVE and weight is None:
+            self._steers.pop(key, None)
+        else:
+            self._steers[key] = Steer(admin, weight, fingerprint(backend))
+        self._write()
+
+    def follow(self, config: Config) -> Iterator[tuple[BackendKey, Steer]]:
+        """The steers that still hold under `config`; the others are forgotten."""
+        backends = {BackendKey(s.name, b.name): b for s in config.services for b in s.backends}
+        held = {k: s for k, s in self._steers.items() if k in backends and fingerprint(backends[k]) == s.written}
+        if held != self._steers:
+            self._steers = held
+            self._write()
+        yield from held.items()
+
+    def _read(self) -> None:
+        try:
+            data = json.loads(self._path.read_text(encoding="utf-8"))
+            for name, (admin, weight, written) in data.items():
+                self._steers[BackendKey(*name.split("/", 1))] = Steer(Admin(admin), weight, written)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise XdplbError(
+                f"{self._path} cannot be read: {error}",
+                "remove it: what was drained or re-weighted by hand is forgotten then",
+            ) from error
+
+    def _write(self) -> None:
+        make_directory(self._path.parent)
+        fresh = self._path.with_suffix(".new")
+        steers = {str(key): [steer.admin, steer.weight, steer.written] for key, steer in self._steers.items()}
+        fresh.write_text(json.dumps(steers), encoding="utf-8")
+        fresh.replace(self._path)
