@@ -1,0 +1,5 @@
+"""`python -m xdplb` is `xdplb`."""
+
+from xdplb.cli import main
+
+main()

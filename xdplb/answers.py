@@ -1,0 +1,92 @@
+"""The JSON that commands print with `-o json` and that travels over the control socket, as types.
+
+Times are ISO 8601 in UTC, counters are since the packet path was set up, rates per second.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+
+class CheckStatus(TypedDict):
+    duration_ms: float
+
+
+class Rates(TypedDict):
+    packets_per_s: float
+    bytes_per_s: float
+
+
+class BackendStatus(TypedDict):
+    """`active_flows` is null while nothing counts them; `reachable` is whether a next hop is known."""
+
+    name: str
+    address: str
+    state: Literal["unknown", "up", "down"]
+    admin: Literal["active", "drain", "maint"]
+    reason: str
+    weight: int
+    effective_weight: int
+    active_flows: int | None
+    last_change: str
+    backup: NotRequired[bool]
+    reachable: NotRequired[bool]
+    check: NotRequired[CheckStatus]
+    rates: NotRequired[Rates]
+
+
+class ServiceStatus(TypedDict):
+    name: str
+    listen: str
+    forward: str
+    scheduler: str
+    backends: list[BackendStatus]
+
+
+class Status(TypedDict):
+    services: list[ServiceStatus]
+
+
+class BackendStats(TypedDict):
+    name: str
+    packets: int
+    bytes: int
+    new_flows: int
+
+
+class ServiceStats(TypedDict):
+    name: str
+    packets: int
+    bytes: int
+    new_flows: int
+    drops: dict[str, int]
+    backends: list[BackendStats]
+
+
+class Stats(TypedDict):
+    """`drops`: of packets that never got as far as a service."""
+
+    services: list[ServiceStats]
+    drops: NotRequired[dict[str, int]]
+    verdicts: dict[str, int]
+
+
+class Change(TypedDict):
+    """`what` is "service web" or "backend web/a"; `detail` says what is different: "weight 1 -> 2"."""
+
+    kind: Literal["add", "remove", "change"]
+    what: str
+    detail: str
+
+
+class ServiceMoves(TypedDict):
+    name: str
+    slots_moved_percent: float
+
+
+class Diff(TypedDict):
+    """`flows_broken` is null while nothing tells."""
+
+    changes: list[Change]
+    services: list[ServiceMoves]
+    flows_broken: int | None
