@@ -1,0 +1,237 @@
+"""Measures the packet path on this machine, side by side with a conventional design.
+
+Each case is nanoseconds a packet above the empty program, from in-kernel test runs (bpf/bench.c says how). Rounds of
+all cases are interleaved, so that a slow moment of the machine hits every case alike; the median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from xdplb import benchtables, bpfsys, bundle, config, dataplane, paths, specialise
+from xdplb.abi import defines
+from xdplb.bundle import HashKey
+from xdplb.dataplane import Dataplane
+from xdplb.desired import BackendStatus, Way
+from xdplb.engine import Engine, Retired, Statuses
+from xdplb.model import Address, BackendKey, Config, HealthState
+from xdplb.plan import Applied
+
+ROUNDS = 9
+REPEAT = 400_000
+WARM_UP = 3_000_000
+"""Packets before the first round: enough for each of a million flows to have been there."""
+
+FLOWS = {"1": 1, "64k": 1 << 16, "1m": 1 << 20}
+_SERVICES = {"ipip": 1, "nat": 2, "dsr": 3}
+_BACKENDS = 50
+_HEADERS = 80
+_FRAME = 128
+_TARGETS = {"empty": 0, "mac-swap": 1, "fixed-encapsulation": 2, "xdplb": 3, "conventional": 4}
+_SYN, _ACK = 0x02, 0x10
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`target` is the program under test; `header` what each of its packets begins with."""
+
+    name: str
+    target: str
+    header: bytes
+    flows: int
+    ipv6: bool = False
+
+
+def cases() -> list[Case]:
+    """All of them, floors first."""
+    established = _tcp("203.0.113.1", 80, _ACK)
+    found = [
+        Case("mac-swap", "mac-swap", established, FLOWS["1m"]),
+        Case("fixed-encapsulation", "fixed-encapsulation", established, FLOWS["1m"]),
+    ]
+    for mode, host in _SERVICES.items():
+        header = _tcp(f"203.0.113.{host}", 80, _ACK)
+        found += [Case(f"tcp4-{mode}-established-{n}", "xdplb", header, flows) for n, flows in FLOWS.items()]
+    found += [
+        Case("tcp4-ipip-syn-1m", "xdplb", _tcp("203.0.113.1", 80, _SYN), FLOWS["1m"]),
+        Case("udp4-ipip-1m", "xdplb", _udp("203.0.113.1", 53), FLOWS["1m"]),
+        Case("tcp6-ipip-established-1m", "xdplb", _tcp("2001:db8::1", 80, _ACK), FLOWS["1m"], ipv6=True),
+        Case("other-1m", "xdplb", _tcp("198.51.100.1", 80, _ACK), FLOWS["1m"]),
+    ]
+    found += [
+        Case(f"conventional-ipip-established-{n}", "conventional", established, flows) for n, flows in FLOWS.items()
+    ]
+    return [*found, Case("conventional-ipip-syn-1m", "conventional", _tcp("203.0.113.1", 80, _SYN), FLOWS["1m"])]
+
+
+def _tcp(destination: str, port: int, flags: int) -> bytes:
+    segment = bytes(2) + port.to_bytes(2, "big") + bytes(8) + bytes([0x50, flags]) + bytes(6)
+    return _packet(ip_address(destination), 6, segment)
+
+
+def _udp(destination: str, port: int) -> bytes:
+    address = ip_address(destination)
+    length = _FRAME - 14 - (20 if address.version == 4 else 40)
+    return _packet(address, 17, bytes(2) + port.to_bytes(2, "big") + length.to_bytes(2, "big") + bytes(2))
+
+
+def _packet(destination: Address, protocol: int, transport: bytes) -> bytes:
+    macs = bytes.fromhex("020000000001020000000009")
+    if isinstance(destination, IPv4Address):
+        length = (_FRAME - 14).to_bytes(2, "big")
+        header = b"\x45\x00" + length + bytes(4) + bytes([64, protocol]) + bytes(2) + bytes(4) + destination.packed
+        frame = macs + b"\x08\x00" + header + transport
+    else:
+        payload = (_FRAME - 54).to_bytes(2, "big")
+        source = IPv6Address("2001:db8:1::").packed
+        header = b"\x60\x00\x00\x00" + payload + bytes([protocol, 64]) + source + destination.packed
+        frame = macs + b"\x86\xdd" + header + transport
+    return frame.ljust(_HEADERS, b"\x00")[:_HEADERS]
+
+
+def _configuration() -> Config:
+    """A service for each forward mode, of 50 backends each, and the IPv6 and UDP variants of the first."""
+    backends = ", ".join(f"{{address: 10.0.0.{n}}}" for n in range(1, _BACKENDS + 1))
+    listens = {f"tcp4-{mode}": (f"203.0.113.{host}:80/tcp", mode) for mode, host in _SERVICES.items()}
+    listens |= {"udp4": ("203.0.113.1:53/udp", "ipip"), "tcp6": ("[2001:db8::1]:80/tcp", "ipip")}
+    services = "".join(
+        f"- {{name: {name}, listen: '{listen}', forward: {mode}, check: none, backends: [{backends}]}}\n"
+        for name, (listen, mode) in listens.items()
+    )
+    return config.parse(f"services:\n{services}", "bench")
+
+
+def _fill(plane: Dataplane, key: HashKey, configuration: Config) -> None:
+    way = Way(1, bytes.fromhex("020000000001"), bytes.fromhex("020000000002"), ip_address("10.0.0.254"), 1500)
+    statuses = Statuses()
+    engine = Engine(plane, key, configuration, statuses, Applied(plane.geometry), Retired())
+    for service in configuration.services:
+        for backend in service.backends:
+            status = BackendStatus(health=HealthState.UP, way=way)
+            statuses.set(BackendKey(service.name, backend.name), status)
+    engine.apply_all()
+
+
+class Bench:
+    """The programs of all cases, loaded."""
+
+    def __init__(self, pins: Path) -> None:
+        configuration = _configuration()
+        key = HashKey.derive("bench")
+        geometry = specialise.geometry(configuration)
+        features = specialise.features(configuration, tx_by_redirect=False)
+        self.plane = dataplane.open_dataplane(features, geometry, key, pins)
+        _fill(self.plane, key, configuration)
+        flags = bundle.compiler_flags(defines(features, geometry), key, pins)
+        source = bundle.program_source
+        functions = ["bench_wrap", "bench_empty", "bench_mac_swap", "bench_fixed_encapsulation"]
+        self._bpf, programs = dataplane.load_programs(bundle.bundle("bench.c"), flags, functions)
+        self._conventional, conventional = dataplane.load_programs(
+            source("conventional.c"), [*flags, f"-DCONVENTIONAL_FLOWS={1 << 21}"], ["conventional"]
+        )
+        self._wrap = programs["bench_wrap"]
+        targets = {
+            "empty": programs["bench_empty"],
+            "mac-swap": programs["bench_mac_swap"],
+            "fixed-encapsulation": programs["bench_fixed_encapsulation"],
+            "xdplb": self.plane.program_fd,
+            "conventional": conventional["conventional"],
+        }
+        for name, index in _TARGETS.items():
+            self._update("targets", index, targets[name].to_bytes(4, "little"))
+
+    def run(self, case: Case, target: str, repeat: int) -> int:
+        """Mean nanoseconds of a round, wrapper included."""
+        numbers = (case.flows - 1, _TARGETS[target], _FRAME, int(case.ipv6))
+        self._update("bench_case", 0, case.header + b"".join(n.to_bytes(4, "little") for n in numbers))
+        return bpfsys.test_run(self._wrap, bytes(_FRAME), repeat=repeat).duration_ns
+
+    def _update(self, name: str, index: int, value: bytes) -> None:
+        bpfsys.update(int(self._bpf[name.encode()].map_fd), index.to_bytes(4, "little"), value)
+
+
+def measure(bench: Bench, wanted: Sequence[Case], rounds: int, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Interleaved rounds over all cases. Differences are taken within a round, the empty program's turn next to the
+    case's.
+    """
+    samples: dict[str, list[int]] = {case.name: [] for case in wanted}
+    for case in wanted:
+        bench.run(case, case.target, max(min(4 * case.flows, WARM_UP), REPEAT // 4))
+    for number in range(rounds):
+        progress(f"round {number + 1} of {rounds}")
+        for case in wanted:
+            empty = bench.run(case, "empty", REPEAT)
+            samples[case.name].append(bench.run(case, case.target, REPEAT) - empty)
+    return [
+        {"name": name, "ns_over_empty": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in samples.items()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"kernel": platform.release(), "cpu": model, "cpus": os.cpu_count() or 1}
+
+
+def packet_path(rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The JSON of `scripts/bench packet-path -o json`."""
+    pins = paths.pin_directory() / f"bench-{os.getpid()}" / "maps"
+    with ExitStack() as stack:
+        stack.callback(dataplane.remove_pins, pins.parent)
+        return {"machine": machine(), "cases": measure(Bench(pins), cases(), rounds, progress)}
+
+
+def show(result: dict[str, Any]) -> Table:
+    """The figures as a table, and how each compares with the conventional design where there is such a case."""
+    here = result["machine"]
+    table = Table(
+        title=f"ns a packet above the empty program: {here['cpu']}, Linux {here['kernel']}", title_justify="left"
+    )
+    for heading in ("case", "median", "min", "max", "× conventional"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    medians = {case["name"]: case["ns_over_empty"] for case in result["cases"]}
+    for case in result["cases"]:
+        kind, _, rest = case["name"].partition("-")
+        conventional = medians.get(f"conventional-{rest}") if kind == "tcp4" else None
+        ratio = f"{case['ns_over_empty'] / conventional:.2f}" if conventional else ""
+        table.add_row(case["name"], f"{case['ns_over_empty']:.0f}", str(case["min"]), str(case["max"]), ratio)
+    return table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`xdplb bench` and `scripts/bench`."""
+    parser = argparse.ArgumentParser(prog="xdplb bench", description=__doc__)
+    parser.add_argument("what", choices=("packet-path", "tables"), nargs="?", default="packet-path")
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"interleaved rounds, at least {ROUNDS} for figures to quote"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    with console.status("compiling") as status:
+        if options.what == "tables":
+            result, table = benchtables.measure(options.rounds, machine()), benchtables.show
+        else:
+            result, table = packet_path(options.rounds, status.update), show
+    if options.output == "json":
+        json.dump(result, sys.stdout, indent=2)
+        print()
+    else:
+        Console().print(table(result))
+    return 0
