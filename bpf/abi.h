@@ -92,7 +92,7 @@ struct drop_counters {
 	__u64 rejected;         /* no backend serves: answered with a reset or an ICMP error */
 	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */
 	__u64 fragment_unknown; /* a fragment whose first one did not pass here */
-	__u64 unanswerable;     /* an error was due, but the packet must not be answered (RFC 1122 3.2.2) */
+	__u64 unanswerable;     /* an answer was due, but the packet must not have one (RFC 1122 3.2.2; a reset) */
 };
 
 /* Per CPU: what happened to all packets. Ordered as enum xdp_action. */

@@ -20,16 +20,22 @@
 #define ICMPV6_PORT_UNREACHABLE 4
 #define ICMPV6_TOO_BIG 2
 
-/* RFC 1122 3.2.2: never an error about an error, about a later fragment, or to a sender that is not one host. */
+/*
+ * RFC 1122 3.2.2: never an error about an error, about a later fragment, about what the link layer sent to many, or to a
+ * sender that is not one host. Of ICMP only errors get here.
+ */
 static __always_inline bool answerable(const struct packet *p)
 {
+	const struct ethhdr *eth = frame_start(p->ctx);
 	const __u8 *source = p->version == 4 ? (__u8 *)&p->ip4->source : (__u8 *)p->ip6->source;
 
-	if (p->fragment == LATER_FRAGMENT)
+	if ((void *)(eth + 1) > p->end || eth->macs[0] & 1)
+		return false;
+	if (is_icmp(p) || p->fragment == LATER_FRAGMENT)
 		return false;
 	if (p->version == 4)
 		return source[0] != 0 && source[0] != 127 && source[0] < 224;
-	return source[0] != 0xff && (p->source.hi || p->source.lo >> 8);
+	return source[0] != 0xff && (p->source.hi || p->source.lo & ~(1ULL << 56)); /* :: and ::1 */
 }
 
 /* Cuts the frame off after `length` bytes of IP packet. Everything read from the packet before is stale then. */
@@ -117,7 +123,7 @@ static __always_inline void write_reset(struct tcphdr *reset, const struct tcphd
 	reset->urgent = 0;
 }
 
-static __always_inline int answer_reset(struct packet *p, __u32 service)
+static __always_inline int answer_reset(struct packet *p)
 {
 	const __u32 ip_length = ip_header_length(p);
 	struct tcphdr *segment = p->transport, reset = {}, *out;
@@ -126,8 +132,6 @@ static __always_inline int answer_reset(struct packet *p, __u32 service)
 	void *network;
 	__u64 sum;
 
-	if (segment->flags & TCP_RST)
-		return drop(service, REASON(unanswerable));
 	write_reset(&reset, segment, p->transport_length - (segment->data_offset >> 4) * 4);
 	sum = pseudo_header(&p->source, &p->destination, IPPROTO_TCP, sizeof(reset));
 #pragma unroll
@@ -170,7 +174,7 @@ static __always_inline __u64 sum_quote(const struct packet *p, void *quote, __u3
  * `rest`: the second word of the ICMP header. Ethernet header and tags stay in place at first; the frame grows in front by an
  * IP and an ICMP header, behind which the packet itself becomes the quotation.
  */
-static __always_inline int answer_icmp(struct packet *p, __u32 service, __u8 type, __u8 code, __be32 rest)
+static __always_inline int answer_icmp(struct packet *p, __u8 type, __u8 code, __be32 rest)
 {
 	const __u32 room = ip_header_length(p) + sizeof(struct icmphdr);
 	const __u8 protocol = p->version == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6;
@@ -211,18 +215,18 @@ static __always_inline int answer_icmp(struct packet *p, __u32 service, __u8 typ
 	return send_back(p->ctx);
 }
 
-static __always_inline int answer_unreachable(struct packet *p, __u32 service)
+static __always_inline int answer_unreachable(struct packet *p)
 {
 	if (p->version == 4)
-		return answer_icmp(p, service, ICMP_UNREACHABLE, ICMP_PORT_UNREACHABLE, 0);
-	return answer_icmp(p, service, ICMPV6_UNREACHABLE, ICMPV6_PORT_UNREACHABLE, 0);
+		return answer_icmp(p, ICMP_UNREACHABLE, ICMP_PORT_UNREACHABLE, 0);
+	return answer_icmp(p, ICMPV6_UNREACHABLE, ICMPV6_PORT_UNREACHABLE, 0);
 }
 
-static __always_inline int answer_too_big(struct packet *p, __u32 service, __u32 mtu)
+static __always_inline int answer_too_big(struct packet *p, __u32 mtu)
 {
 	if (p->version == 4)
-		return answer_icmp(p, service, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, be32(mtu));
-	return answer_icmp(p, service, ICMPV6_TOO_BIG, 0, be32(mtu));
+		return answer_icmp(p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, be32(mtu));
+	return answer_icmp(p, ICMPV6_TOO_BIG, 0, be32(mtu));
 }
 
 #endif

@@ -29,12 +29,11 @@ static __always_inline __u64 csum_change_address(__u64 sum, const struct address
 	return csum_change32(sum, old->lo >> 32, new->lo >> 32);
 }
 
+/* For sums of fewer than 2^16 words: two additions take the carries in. */
 static __always_inline __u16 csum_fold(__u64 sum)
 {
-	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (sum & 0xffff) + (sum >> 16);
+	return sum + (sum >> 16);
 }
 
 /* The checksum field after the changes that `sum` gathered. */

@@ -147,8 +147,8 @@ int xdplb_decap(struct xdp_md *ctx)
 
 	if ((void *)(eth + 1) > end)
 		return XDP_PASS;
-	if (eth->type == be16(ETH_P_IP) ? !parse_outer_ipv4(eth + 1, end, &t) :
-					  eth->type != be16(ETH_P_IPV6) || !parse_outer_ipv6(eth + 1, end, &t))
+	if (eth->type == be16(ETH_P_IP) ? !parse_outer_ipv4(eth + 1, end, &t)
+					: eth->type != be16(ETH_P_IPV6) || !parse_outer_ipv6(eth + 1, end, &t))
 		return XDP_PASS;
 	if (!parse_tunnel(end, &t) || !local_addresses.lookup(&t.destination))
 		return XDP_PASS;

@@ -155,7 +155,7 @@ static __always_inline __u8 traffic_class(const struct packet *p)
 	return p->version == 4 ? p->ip4->tos : be32(p->ip6->version_class_label) >> 20;
 }
 
-/* Wraps the packet for `backend` and addresses the frame. False where the frame has no headroom (the frame is unusable then). */
+/* Wraps the packet for `backend`. False where the frame has no headroom; it is unusable then. */
 static __always_inline bool encapsulate(struct packet *p, const struct service *service, const struct backend *backend,
 					__u32 hash)
 {

@@ -36,6 +36,12 @@ static __always_inline bool is_icmp_error(const struct packet *p)
 	return icmp->type == 3 || icmp->type == 4 || icmp->type == 11 || icmp->type == 12;
 }
 
+/* Is a field of the quotation part of the packet? Behind that stands whatever the link layer padded the frame with. */
+static __always_inline bool quoted_to(const struct packet *p, const void *field_end)
+{
+	return field_end <= p->end && field_end <= p->network + p->length;
+}
+
 static __always_inline bool parse_quoted_ipv4(const struct packet *p, struct quoted *q)
 {
 	struct ipv4hdr *ip = q->network;
@@ -90,7 +96,7 @@ static __always_inline bool parse_quoted(const struct packet *p, struct quoted *
 	q->network = p->transport + sizeof(struct icmphdr);
 	if (!(p->version == 4 ? parse_quoted_ipv4(p, q) : parse_quoted_ipv6(p, q)))
 		return false;
-	if ((q->protocol != IPPROTO_TCP && q->protocol != IPPROTO_UDP) || q->transport + 8 > p->end)
+	if ((q->protocol != IPPROTO_TCP && q->protocol != IPPROTO_UDP) || !quoted_to(p, q->transport + 8))
 		return false;
 	q->ports = *(__u32 *)q->transport;
 	return true;
@@ -112,9 +118,9 @@ static __always_inline __u64 quote_checksum(const struct packet *p, const struct
 	struct udphdr *udp = q->transport;
 
 	if (q->protocol == IPPROTO_UDP) {
-		if ((void *)(udp + 1) <= p->end && udp->check)
+		if (quoted_to(p, udp + 1) && udp->check)
 			return quote_field(&udp->check, csum_apply_udp(udp->check, sum));
-	} else if ((void *)(&tcp->check + 1) <= p->end) {
+	} else if (quoted_to(p, &tcp->check + 1)) {
 		return quote_field(&tcp->check, csum_apply(tcp->check, sum));
 	}
 	return 0;
@@ -139,7 +145,8 @@ static __always_inline __u64 translate_quoted(struct packet *p, struct quoted *q
 			ip4->destination = unmapped(new);
 		icmp += quote_field(&ip4->check, csum_apply(ip4->check, sum));
 	} else {
-		asm volatile("" : "+r"(ip6)); /* or clang merges both families' checks into one that the verifier cannot follow */
+		/* Or clang merges both families' checks into one that the verifier cannot follow. */
+		asm volatile("" : "+r"(ip6));
 		if ((void *)(ip6 + 1) > p->end)
 			return 0;
 		(is_source ? ip6->source : ip6->destination)[0] = new->hi;
@@ -152,6 +159,14 @@ static __always_inline __u64 translate_quoted(struct packet *p, struct quoted *q
 		icmp += quote_field(&ports[!is_source], port);
 	}
 	return icmp + quote_checksum(p, q, sum);
+}
+
+/* The error's own address. ICMPv6's checksum covers it, ICMP's does not. */
+static __always_inline __u64 replace_outer(struct packet *p, const struct address *new, const bool is_source)
+{
+	__u64 sum = replace_address(p, new, is_source);
+
+	return p->version == 4 ? 0 : sum;
 }
 
 static __always_inline void patch_icmp(struct packet *p, __u64 sum)
@@ -183,8 +198,7 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, c
 		return action;
 	if (HAVE_NAT && service->forward == FORWARD_NAT) {
 		sum = translate_quoted(p, q, &backend->address, backend->port, true);
-		sum += p->version == 4 ? (replace_address(p, &backend->address, false), 0) :
-					 replace_address(p, &backend->address, false);
+		sum += replace_outer(p, &backend->address, false);
 		patch_icmp(p, sum);
 	}
 	return emit(p, service, backend, hash);
@@ -216,8 +230,7 @@ static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 	count_reply(id, p->length);
 	sum = translate_quoted(p, q, &service->address, backend->port ? service->port : 0, false);
 	if (from_backend)
-		sum += p->version == 4 ? (replace_address(p, &service->address, true), 0) :
-					 replace_address(p, &service->address, true);
+		sum += replace_outer(p, &service->address, true);
 	patch_icmp(p, sum);
 	if (route == ROUTE_KERNEL)
 		return pass();

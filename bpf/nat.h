@@ -18,7 +18,7 @@
 #define LEAVE_ALONE 0
 
 static __always_inline struct nat_flow_key nat_flow_key(const struct address *client, __be16 client_port,
-							 const struct address *backend, __be16 backend_port, __u8 protocol)
+							const struct address *backend, __be16 backend_port, __u8 protocol)
 {
 	struct nat_flow_key key = {};
 

@@ -63,6 +63,11 @@ static __always_inline struct address mapped(__be32 ipv4)
 	return (struct address){ .hi = 0, .lo = (__u64)ipv4 << 32 | 0xffff0000 };
 }
 
+static __always_inline bool is_mapped(const struct address *address)
+{
+	return address->hi == 0 && (__u32)address->lo == 0xffff0000;
+}
+
 static __always_inline __be32 unmapped(const struct address *address)
 {
 	return address->lo >> 32;
@@ -77,7 +82,7 @@ static __always_inline bool ends_before(const struct packet *p, void *start, __u
 static __always_inline enum parsed parse_ipv4(struct packet *p, const bool full)
 {
 	struct ipv4hdr *ip = p->network;
-	__u32 header_length;
+	__u32 header_length = sizeof(*ip);
 
 	if ((void *)(ip + 1) > p->end)
 		return PARSE_OTHER; /* no destination to blame it on */
@@ -86,21 +91,22 @@ static __always_inline enum parsed parse_ipv4(struct packet *p, const bool full)
 	p->destination = mapped(ip->destination);
 	p->protocol = ip->protocol;
 	p->length = be16(ip->length);
-	header_length = (ip->version_ihl & 0x0f) * 4;
-	if (ip->version_ihl >> 4 != 4 || header_length < sizeof(*ip) || p->length < header_length ||
-	    ends_before(p, p->network, p->length))
+	p->transport = ip + 1;
+	if (!full && (ip->version_ihl != 0x45 || ip->fragment & be16(IP_MF | IP_OFFSET)))
+		return PARSE_FULL;
+	if (full) {
+		header_length = (ip->version_ihl & 0x0f) * 4;
+		if (ip->version_ihl >> 4 != 4 || header_length < sizeof(*ip))
+			return PARSE_MALFORMED;
+		p->transport = p->network + header_length;
+		p->fragment_id = ip->id;
+		p->fragment = ip->fragment & be16(IP_OFFSET) ? LATER_FRAGMENT
+			      : ip->fragment & be16(IP_MF)   ? FIRST_FRAGMENT
+							     : WHOLE;
+	}
+	if (p->length < header_length || ends_before(p, p->network, p->length))
 		return PARSE_MALFORMED;
 	p->transport_length = p->length - header_length;
-	if (!full) {
-		p->transport = ip + 1;
-		return header_length != sizeof(*ip) || ip->fragment & be16(IP_MF | IP_OFFSET) ? PARSE_FULL : PARSED;
-	}
-	p->transport = p->network + header_length;
-	p->fragment_id = ip->id;
-	if (ip->fragment & be16(IP_OFFSET))
-		p->fragment = LATER_FRAGMENT;
-	else if (ip->fragment & be16(IP_MF))
-		p->fragment = FIRST_FRAGMENT;
 	return PARSED;
 }
 
@@ -154,16 +160,18 @@ static __always_inline enum parsed parse_ipv6(struct packet *p, const bool full)
 	p->transport_length = be16(ip->payload_length);
 	p->length = sizeof(*ip) + p->transport_length;
 	p->transport = ip + 1;
+	if (is_mapped(&p->source) || is_mapped(&p->destination))
+		return PARSE_OTHER; /* would be taken for IPv4's; has no business on the wire (RFC 4038 4.2) */
 	if (*(__u8 *)ip >> 4 != 6 || ends_before(p, p->network, p->length))
 		return PARSE_MALFORMED;
 	if (!full)
 		return PARSED;
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		parsed = parse_extension(p);
-		if (parsed == PARSE_OTHER || p->fragment == LATER_FRAGMENT)
-			return PARSED;
 		if (parsed == PARSE_MALFORMED)
 			return PARSE_MALFORMED;
+		if (parsed == PARSE_OTHER || p->fragment == LATER_FRAGMENT)
+			return PARSED;
 	}
 	return PARSED; /* more headers than anybody sends: the transport will be unknown */
 }
@@ -195,6 +203,11 @@ static __always_inline enum parsed forget_path(struct packet *p)
 	return PARSED;
 }
 
+static __always_inline bool is_tag(__be16 type)
+{
+	return type == be16(ETH_P_8021Q) || type == be16(ETH_P_8021AD);
+}
+
 /* Link and network layer: addresses, protocol, lengths. */
 static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md *ctx, const bool full)
 {
@@ -213,7 +226,7 @@ static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md
 		for (int i = 0; i < MAX_TAGS; i++) {
 			struct vlan_tag *tag = p->network;
 
-			if (type != be16(ETH_P_8021Q) && type != be16(ETH_P_8021AD))
+			if (!is_tag(type))
 				break;
 			if ((void *)(tag + 1) > p->end)
 				return PARSE_OTHER;
@@ -221,14 +234,12 @@ static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md
 			p->link_length += sizeof(*tag);
 			type = tag->type;
 		}
-	} else if (type == be16(ETH_P_8021Q) || type == be16(ETH_P_8021AD)) {
-		return PARSE_FULL;
 	}
 	if (HAVE_IPV4 && type == be16(ETH_P_IP))
 		return parse_ipv4(p, full);
 	if (HAVE_IPV6 && type == be16(ETH_P_IPV6))
 		return parse_ipv6(p, full);
-	return PARSE_OTHER;
+	return !full && is_tag(type) ? PARSE_FULL : PARSE_OTHER;
 }
 
 static __always_inline enum parsed parse_network(struct packet *p, struct xdp_md *ctx, const bool full)

@@ -33,16 +33,22 @@ static __always_inline bool hops_used_up(const struct packet *p)
 
 static __always_inline void take_hop(struct packet *p)
 {
+	__u32 check;
+
 	if (p->version == 6) {
 		p->ip6->hop_limit--;
 		return;
 	}
-	/* The TTL is the first byte of its word: one less of it is be16(0x0100) more of the checksum (RFC 1141). */
-	p->ip4->check = csum_apply(p->ip4->check, csum_change16(0, be16(0x0100), 0));
+	/* The TTL is the first byte of its word: one less of it is be16(0x0100) more of the checksum, with the carry (RFC 1141). */
+	check = p->ip4->check + be16(0x0100);
+	p->ip4->check = check + (check >= 0xffff);
 	p->ip4->ttl--;
 }
 
-/* The transport's checksum after changes that `sum` gathered. A later fragment has none: its first one was changed. */
+/*
+ * The transport's checksum after changes that `sum` gathered. A later fragment has none: its first one was changed. UDP may go
+ * without, over IPv6 too (RFC 6935).
+ */
 static __always_inline void patch_transport(struct packet *p, __u64 sum)
 {
 	struct tcphdr *tcp = p->transport;
@@ -52,7 +58,7 @@ static __always_inline void patch_transport(struct packet *p, __u64 sum)
 		if ((void *)(tcp + 1) <= p->end)
 			tcp->check = csum_apply(tcp->check, sum);
 	} else if (p->protocol == IPPROTO_UDP) {
-		if ((void *)(udp + 1) <= p->end && (udp->check || p->version == 6))
+		if ((void *)(udp + 1) <= p->end && udp->check)
 			udp->check = csum_apply_udp(udp->check, sum);
 	}
 }

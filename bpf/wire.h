@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Wire formats, by their RFCs. Our own, so that no kernel header is needed to compile. None is packed: they need no padding, and
- * clang would take a packed one apart byte by byte.
+ * Wire formats, by their RFCs. Our own, so that no kernel header is needed to compile. None is packed: they need no padding,
+ * and clang would take a packed one apart byte by byte.
  */
 #ifndef XDPLB_WIRE_H
 #define XDPLB_WIRE_H

@@ -85,14 +85,14 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
-		return pass();                                  /* not IP */
+		return pass(); /* not IP */
 	if (!full && parsed == PARSE_FULL && p->version == 0)
-		return continue_at(ctx, STAGE_FULL);            /* tagged */
+		return continue_at(ctx, STAGE_FULL); /* tagged */
 
 	to = find_address(&p->destination);
 	if (!to || !to->services.count) {
 		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
-			return pass();                          /* not ours */
+			return pass(); /* not ours */
 		if (is_icmp(p))
 			return continue_at(ctx, STAGE_ICMP);
 		if (!full && parsed == PARSE_FULL)
@@ -104,22 +104,22 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	if (is_icmp(p))
 		return continue_at(ctx, STAGE_ICMP);
 	if (parsed == PARSE_FULL)
-		return continue_at(ctx, STAGE_FULL);            /* options, fragments */
+		return continue_at(ctx, STAGE_FULL); /* options, fragments */
 	if (full && p->fragment == LATER_FRAGMENT)
 		return later_fragment(p, true);
 	switch (parse_transport(p, full)) {
 	case PARSED:
 		break;
 	case PARSE_FULL:
-		return continue_at(ctx, STAGE_FULL);            /* extension headers */
+		return continue_at(ctx, STAGE_FULL); /* extension headers */
 	case PARSE_MALFORMED:
 		return drop(0, REASON(malformed));
 	default:
-		return pass();                                  /* neither TCP nor UDP */
+		return pass(); /* neither TCP nor UDP */
 	}
 	service = find_interval(to->services, port_key(p->protocol, destination_port(p)));
 	if (!service)
-		return pass();                                  /* another port of that address */
+		return pass(); /* another port of that address */
 	return balance(p, service, full);
 }
 
@@ -140,7 +140,7 @@ int xdplb_icmp(struct xdp_md *ctx)
 	struct quoted quoted = {};
 
 	if (parse_network(p, ctx, true) != PARSED || !is_icmp(p) || !is_icmp_error(p) || !parse_quoted(p, &quoted))
-		return pass();                                  /* echo and the like: the kernel's */
+		return pass(); /* echo and the like: the kernel's */
 	to = find_address(&p->destination);
 	if (to && to->services.count)
 		return icmp_to_backend(p, &quoted, to);
@@ -152,6 +152,7 @@ int xdplb_answer(struct xdp_md *ctx)
 	struct packet packet = {}, *p = &packet;
 	struct errand *errand;
 	__u32 zero = 0;
+	bool tcp;
 
 	errand = errands.lookup(&zero);
 	if (!errand || parse_network(p, ctx, true) != PARSED)
@@ -160,10 +161,11 @@ int xdplb_answer(struct xdp_md *ctx)
 		return drop(errand->service, REASON(unanswerable));
 	if (errand->kind == ANSWER_TOO_BIG) {
 		count_reason(errand->service, REASON(too_big));
-		return answer_too_big(p, errand->service, errand->mtu);
+		return answer_too_big(p, errand->mtu);
 	}
+	tcp = p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED;
+	if (tcp && p->tcp_flags & TCP_RST)
+		return drop(errand->service, REASON(unanswerable));
 	count_reason(errand->service, REASON(rejected));
-	if (p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED)
-		return answer_reset(p, errand->service);
-	return answer_unreachable(p, errand->service);
+	return tcp ? answer_reset(p) : answer_unreachable(p);
 }

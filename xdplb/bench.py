@@ -37,12 +37,13 @@ WARM_UP = 3_000_000
 """Packets before the first round: enough for each of a million flows to have been there."""
 
 FLOWS = {"1": 1, "64k": 1 << 16, "1m": 1 << 20}
-_SERVICES = {"ipip": 1, "nat": 2, "dsr": 3}
+_MODES = ("ipip", "nat", "dsr")
 _BACKENDS = 50
 _HEADERS = 80
 _FRAME = 128
-_TARGETS = {"empty": 0, "mac-swap": 1, "fixed-encapsulation": 2, "xdplb": 3, "conventional": 4}
+_TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, "conventional")
 _SYN, _ACK = 0x02, 0x10
+_SERVICE4, _SERVICE6, _ELSEWHERE = "203.0.113.1", "2001:db8::1", "198.51.100.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +58,26 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All of them, floors first."""
-    established = _tcp("203.0.113.1", 80, _ACK)
+    """All of them, floors first. A target named by its forward mode is xdplb, specialised to services of that mode."""
+    established, syn = _tcp(_SERVICE4, 80, _ACK), _tcp(_SERVICE4, 80, _SYN)
+    elsewhere = _tcp(_ELSEWHERE, 80, _ACK)
+    many = FLOWS["1m"]
     found = [
-        Case("mac-swap", "mac-swap", established, FLOWS["1m"]),
-        Case("fixed-encapsulation", "fixed-encapsulation", established, FLOWS["1m"]),
+        Case("mac-swap", "mac-swap", established, many),
+        Case("fixed-encapsulation", "fixed-encapsulation", established, many),
     ]
-    for mode, host in _SERVICES.items():
-        header = _tcp(f"203.0.113.{host}", 80, _ACK)
-        found += [Case(f"tcp4-{mode}-established-{n}", "xdplb", header, flows) for n, flows in FLOWS.items()]
+    for mode in _MODES:
+        found += [Case(f"tcp4-{mode}-established-{name}", mode, established, flows) for name, flows in FLOWS.items()]
     found += [
-        Case("tcp4-ipip-syn-1m", "xdplb", _tcp("203.0.113.1", 80, _SYN), FLOWS["1m"]),
-        Case("udp4-ipip-1m", "xdplb", _udp("203.0.113.1", 53), FLOWS["1m"]),
-        Case("tcp6-ipip-established-1m", "xdplb", _tcp("2001:db8::1", 80, _ACK), FLOWS["1m"], ipv6=True),
-        Case("other-1m", "xdplb", _tcp("198.51.100.1", 80, _ACK), FLOWS["1m"]),
+        Case("tcp4-ipip-syn-1m", "ipip", syn, many),
+        Case("udp4-ipip-1m", "ipip", _udp(_SERVICE4, 53), many),
+        Case("tcp6-ipip-established-1m", "ipip", _tcp(_SERVICE6, 80, _ACK), many, ipv6=True),
+        Case("other-1m", "ipip", elsewhere, many),
+        Case("other-nat-1m", "nat", elsewhere, many),
     ]
-    found += [
-        Case(f"conventional-ipip-established-{n}", "conventional", established, flows) for n, flows in FLOWS.items()
-    ]
-    return [*found, Case("conventional-ipip-syn-1m", "conventional", _tcp("203.0.113.1", 80, _SYN), FLOWS["1m"])]
+    for name, flows in FLOWS.items():
+        found.append(Case(f"conventional-ipip-established-{name}", "conventional", established, flows))
+    return [*found, Case("conventional-ipip-syn-1m", "conventional", syn, many)]
 
 
 def _tcp(destination: str, port: int, flags: int) -> bytes:
@@ -103,14 +105,15 @@ def _packet(destination: Address, protocol: int, transport: bytes) -> bytes:
     return frame.ljust(_HEADERS, b"\x00")[:_HEADERS]
 
 
-def _configuration() -> Config:
-    """A service for each forward mode, of 50 backends each, and the IPv6 and UDP variants of the first."""
+def _configuration(mode: str) -> Config:
+    """TCP and UDP over IPv4 and TCP over IPv6, 50 backends each, one forward mode. NAT cannot bridge families."""
+    listens = {"tcp4": f"{_SERVICE4}:80/tcp", "udp4": f"{_SERVICE4}:53/udp", "tcp6": f"[{_SERVICE6}]:80/tcp"}
+    if mode != "ipip":
+        del listens["tcp6"]
     backends = ", ".join(f"{{address: 10.0.0.{n}}}" for n in range(1, _BACKENDS + 1))
-    listens = {f"tcp4-{mode}": (f"203.0.113.{host}:80/tcp", mode) for mode, host in _SERVICES.items()}
-    listens |= {"udp4": ("203.0.113.1:53/udp", "ipip"), "tcp6": ("[2001:db8::1]:80/tcp", "ipip")}
     services = "".join(
         f"- {{name: {name}, listen: '{listen}', forward: {mode}, check: none, backends: [{backends}]}}\n"
-        for name, (listen, mode) in listens.items()
+        for name, listen in listens.items()
     )
     return config.parse(f"services:\n{services}", "bench")
 
@@ -130,33 +133,46 @@ class Bench:
     """The programs of all cases, loaded."""
 
     def __init__(self, pins: Path) -> None:
-        configuration = _configuration()
+        self._kept: list[Any] = []  # bcc objects own the maps
         key = HashKey.derive("bench")
-        geometry = specialise.geometry(configuration)
-        features = specialise.features(configuration, tx_by_redirect=False)
-        self.plane = dataplane.open_dataplane(features, geometry, key, pins)
-        _fill(self.plane, key, configuration)
-        flags = bundle.compiler_flags(defines(features, geometry), key, pins)
-        source = bundle.program_source
-        functions = ["bench_wrap", "bench_empty", "bench_mac_swap", "bench_fixed_encapsulation"]
-        self._bpf, programs = dataplane.load_programs(bundle.bundle("bench.c"), flags, functions)
-        self._conventional, conventional = dataplane.load_programs(
-            source("conventional.c"), [*flags, f"-DCONVENTIONAL_FLOWS={1 << 21}"], ["conventional"]
-        )
-        self._wrap = programs["bench_wrap"]
-        targets = {
-            "empty": programs["bench_empty"],
-            "mac-swap": programs["bench_mac_swap"],
-            "fixed-encapsulation": programs["bench_fixed_encapsulation"],
-            "xdplb": self.plane.program_fd,
-            "conventional": conventional["conventional"],
+        programs = {}
+        for mode in _MODES:
+            programs[mode] = self._load_mode(mode, key, pins / mode)
+        functions = {
+            "empty": "bench_empty",
+            "mac-swap": "bench_mac_swap",
+            "fixed-encapsulation": "bench_fixed_encapsulation",
         }
-        for name, index in _TARGETS.items():
-            self._update("targets", index, targets[name].to_bytes(4, "little"))
+        self._bpf, wrappers = dataplane.load_programs(
+            bundle.bundle("bench.c"), ["-O2"], ["bench_wrap", *functions.values()]
+        )
+        self._wrap = wrappers["bench_wrap"]
+        programs |= {name: wrappers[function] for name, function in functions.items()}
+        programs["conventional"] = self._load_conventional(key, pins / "ipip")
+        for index, name in enumerate(_TARGETS):
+            self._update("targets", index, programs[name].to_bytes(4, "little"))
+
+    def _load_mode(self, mode: str, key: HashKey, pins: Path) -> int:
+        configuration = _configuration(mode)
+        features = specialise.features(configuration, tx_by_redirect=False)
+        plane = dataplane.open_dataplane(features, specialise.geometry(configuration), key, pins)
+        _fill(plane, key, configuration)
+        self._kept.append(plane)
+        return plane.program_fd
+
+    def _load_conventional(self, key: HashKey, pins: Path) -> int:
+        """On the very maps of the ipip case."""
+        configuration = _configuration("ipip")
+        definitions = defines(specialise.features(configuration, False), specialise.geometry(configuration))
+        definitions["CONVENTIONAL_FLOWS"] = 2 * FLOWS["1m"]
+        flags = bundle.compiler_flags(definitions, key, pins)
+        bpf, programs = dataplane.load_programs(bundle.program_source("conventional.c"), flags, ["conventional"])
+        self._kept.append(bpf)
+        return programs["conventional"]
 
     def run(self, case: Case, target: str, repeat: int) -> int:
         """Mean nanoseconds of a round, wrapper included."""
-        numbers = (case.flows - 1, _TARGETS[target], _FRAME, int(case.ipv6))
+        numbers = (case.flows - 1, _TARGETS.index(target), _FRAME, int(case.ipv6))
         self._update("bench_case", 0, case.header + b"".join(n.to_bytes(4, "little") for n in numbers))
         return bpfsys.test_run(self._wrap, bytes(_FRAME), repeat=repeat).duration_ns
 
