@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
@@ -34,6 +35,7 @@ from xdplb.labhosts import CommandFailed, Host, Process, await_until, delete_nam
 from xdplb.labnet import VIP4, VIP6, VIPS, Shape, Topology
 from xdplb.labservices import BIG_BYTES, HttpLoad, HttpResult, Service, UdpEcho, WebServer
 from xdplb.model import Address, Forward
+from xdplb.paths import Instance
 
 __all__ = [
     "BIG_BYTES",
@@ -65,6 +67,22 @@ _FATAL = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without any clean-up unless it handles them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _GatewayInstance(Instance):
+    """An instance under directories of its own rather than this process's."""
+
+    runtimes: Path
+    pinned: Path
+
+    @property
+    def runtime(self) -> Path:
+        return self.runtimes / self.name
+
+    @property
+    def pins(self) -> Path:
+        return self.pinned / self.name
+
+
 class Gateway(Host):
     """The host that runs xdplb, with a runtime, a state and a pin directory of its own."""
 
@@ -72,6 +90,14 @@ class Gateway(Host):
     def interfaces(self) -> tuple[str, ...]:
         """eth0, and eth1 towards the backends if it is two-armed."""
         return tuple(self.ports)
+
+    def instance(self, interface: str = "eth0") -> Instance:
+        """The xdplb on that interface, for this process to talk to: its places are files, which namespaces share."""
+        return _GatewayInstance(
+            interface,
+            Path(self.environment["XDPLB_RUNTIME_DIRECTORY"]),
+            Path(self.environment["XDPLB_PIN_DIRECTORY"]),
+        )
 
     def xdplb(self, *args: str, check: bool = True, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
         """Runs an xdplb command to its end."""
@@ -196,6 +222,13 @@ class Laboratory:
                 for number in _FATAL:
                     if signal.getsignal(number) is _exit:
                         signal.signal(number, signal.SIG_DFL)
+
+    def remains(self) -> list[str]:
+        """What there is of it on this machine, processes by name; nothing once it is closed."""
+        places = (_NAMESPACES, _DIRECTORIES, _PINS)
+        paths = [path for place in places for path in (place / self.prefix, *place.glob(f"{self.prefix}-*"))]
+        running = [process.name for host in self.hosts.values() for process in host.processes if process.running]
+        return [*(str(path) for path in paths if path.exists()), *running]
 
     def _stop_processes(self) -> None:
         """All are asked at once, then awaited, the latest first."""

@@ -72,9 +72,14 @@ class WebServer(Service):
         self.directory = host.directory / f"nginx-{self.name}"
         self._failing = self.directory / "failing"
 
-    def start(self) -> None:
+    @staticmethod
+    def check_able() -> None:
+        """NotCapable where there is no nginx."""
         if shutil.which("nginx") is None:
             raise NotCapable("nginx is not installed", "apt-get install nginx-light")
+
+    def start(self) -> None:
+        self.check_able()
         if self.running:
             raise XdplbError(f"nginx {self.name} is already running")
         for port in (*self.ports, *self.https_ports):
