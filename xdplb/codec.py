@@ -23,7 +23,7 @@ class Codec:
         if dtype.names is None:
             raise TypeError(f"{dtype} is not a struct")
         self.size = dtype.itemsize
-        self._fields: list[str] = []
+        self._shapes: dict[str, tuple[type, int]] = {}
         layout = ["<"]
         position = 0
         for name in dtype.names:
@@ -33,24 +33,34 @@ class Codec:
             if name == "pad":
                 layout.append(f"{field.itemsize}x")
                 continue
-            self._fields.append(name)
-            layout += _codes(field)
+            codes = list(_codes(field))
+            self._shapes[name] = _shape(codes)
+            layout += codes
         layout.append("x" * (self.size - position))
         self._struct = struct.Struct("".join(layout))
-        self._names = frozenset(self._fields)
 
     def encode(self, values: Mapping[str, Value]) -> bytes:
         """The struct's bytes. ValueError where fields are missing, unknown, or out of range."""
-        if values.keys() != self._names:
-            raise ValueError(f"fields {sorted(values.keys() ^ self._names)} are missing or unknown")
+        if values.keys() != self._shapes.keys():
+            raise ValueError(f"fields {sorted(values.keys() ^ self._shapes.keys())} are missing or unknown")
         flat: list[int | bytes] = []
-        for name in self._fields:
+        for name, shape in self._shapes.items():
             value = values[name]
-            flat.extend(value) if isinstance(value, tuple) else flat.append(value)
+            items = value if isinstance(value, tuple) else (value,)
+            if shape != ((bytes, len(value)) if isinstance(value, bytes) else (int, len(items))):
+                raise ValueError(f"{name}: {value!r} is not {shape[1]} {'bytes' if shape[0] is bytes else 'numbers'}")
+            flat += items
         try:
             return self._struct.pack(*flat)
         except struct.error as error:
             raise ValueError(f"{dict(values)}: {error}") from error
+
+
+def _shape(codes: list[str]) -> tuple[type, int]:
+    """What a field's value must be: so many numbers, or bytes of that length (`struct` would pad and cut them)."""
+    if len(codes) == 1 and codes[0].endswith("s"):
+        return bytes, int(codes[0][:-1])
+    return int, sum(map(len, codes))
 
 
 def _codes(field: np.dtype) -> Iterator[str]:

@@ -59,8 +59,8 @@ def configured_weight(backend: Backend, status: BackendStatus) -> int:
 def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str, int]:
     """Effective weights of the backends that take new flows, by name.
 
-    Healthy, active, reachable ones serve; backups only where none of the others does. Where nobody is healthy,
-    `on_all_down: fail-open` lets everybody serve whose state is not known to be anything but bad health.
+    Healthy, active, reachable ones serve; backups only where none of the others does. Where none serves at all,
+    `on_all_down: fail-open` asks again without regard to health.
     """
 
     def weights(backup: bool, states: set[HealthState]) -> dict[str, int]:
@@ -74,10 +74,10 @@ def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str
             and (weight := configured_weight(backend, status)) > 0
         }
 
-    healthy = {HealthState.UP}
+    healthy, any_health = {HealthState.UP}, set(HealthState)
     chosen = weights(False, healthy) or weights(True, healthy)
     if not chosen and service.on_all_down is OnAllDown.FAIL_OPEN:
-        chosen = weights(False, set(HealthState))
+        chosen = weights(False, any_health) or weights(True, any_health)
     return chosen
 
 

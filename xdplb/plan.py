@@ -7,9 +7,10 @@ cut short at any point is made good by planning again from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from xdplb.endpoints import Claim
 from xdplb.model import Address, BackendKey, Forward, OnAllDown, Scheduler
 
 SlotIds = NDArray[np.uint32]
+_Name = TypeVar("_Name")
 
 
 class CapacityExceeded(Exception):
@@ -159,53 +161,65 @@ class Planner:
     def __init__(self, applied: Applied, tunnels: Tunnels) -> None:
         self.applied = applied
         self._tunnels = tunnels
-        self._service_ids = _Ids(applied.geometry.services, (s.id for s in applied.services.values()))
-        self._backend_ids = _Ids(applied.geometry.backends, (id_ for id_, _ in applied.backends.values()))
-        self._end = max((s.first + len(s.table) for s in applied.services.values()), default=0)
+        services = {name: service.id for name, service in applied.services.items() if service.id}
+        self._service_ids = _Ids("services", applied.geometry.services, services)
+        backends = {key: id_ for key, (id_, _) in applied.backends.items()}
+        self._backend_ids = _Ids("backends", applied.geometry.backends, backends)
+        self._gaps = self._find_gaps()
 
     def whole(self, desired: Iterable[DesiredService]) -> Iterator[Operation]:
-        """Everything, as after a change of the configuration. The caller advances `applied` after each operation."""
+        """Everything, as after a change of the configuration. The caller advances `applied` after each operation.
+
+        Ids run out, if they do, before the first operation. Large tables find their place first: small ones fit into
+        what that leaves.
+        """
         services = {service.config.name: service for service in desired}
-        for service in services.values():
-            yield from self.service(service)
+        yield from self._backends(services.values())
+        for service in sorted(services.values(), key=lambda service: -len(service.backends)):
+            yield from self._table(service)
         claims = self._claims(services.values())
         if claims != self.applied.published:
             yield claims
         for name, applied in list(self.applied.services.items()):
             if name not in services:
                 yield ClearService(name, applied.id)
-                self._service_ids.release(applied.id)
+                self._service_ids.release(name)
         wanted = {BackendKey(s.config.name, b.config.name) for s in services.values() for b in s.backends}
         for key, (id_, _) in list(self.applied.backends.items()):
             if key not in wanted:
                 yield ClearBackend(key, id_)
-                self._backend_ids.release(id_)
+                self._backend_ids.release(key)
 
     def service(self, desired: DesiredService) -> Iterator[Operation]:
-        """One service's backends and slots, as after a verdict. What takes packets away from a backend comes first."""
-        name = desired.config.name
-        known = self.applied.services.get(name)
-        service_id = known.id if known and known.id else self._service_ids.take(f"services (now {name})")
-        ids: dict[str, int] = {}
-        changed = []
-        for backend in desired.backends:
-            key = BackendKey(name, backend.config.name)
-            id_, old = self.applied.backends.get(key, (0, None))
-            ids[backend.config.name] = id_ or self._backend_ids.take(f"backends (now {key})")
-            entry = self._backend_entry(desired, backend, service_id)
-            if entry != old:
-                changed.append(PutBackend(key, ids[backend.config.name], entry))
-        yield from sorted(changed, key=lambda put: BackendFlag.UP in put.entry.flags)
-        yield from self._slots(desired, ids)
-        written = self._service_entry(desired)
-        if known is None or known.entry != written or not known.id:
-            yield PutService(name, service_id, written)
+        """One service's backends and slots, as after a verdict."""
+        yield from self._backends([desired])
+        yield from self._table(desired)
 
-    def _slots(self, desired: DesiredService, ids: dict[str, int]) -> Iterator[PutSlots]:
+    def _backends(self, services: Iterable[DesiredService]) -> list[PutBackend]:
+        """What changes of these services' backends. What takes packets away from a backend comes first."""
+        changed = []
+        for service in services:
+            name = service.config.name
+            service_id = self._service_ids.of(name)
+            for backend in service.backends:
+                key = BackendKey(name, backend.config.name)
+                put = PutBackend(key, self._backend_ids.of(key), self._backend_entry(service, backend, service_id))
+                if self.applied.backends.get(key) != (put.id, put.entry):
+                    changed.append(put)
+        return sorted(changed, key=lambda put: BackendFlag.UP in put.entry.flags)
+
+    def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutService]:
         name = desired.config.name
+        yield from self._slots(desired)
+        entry = self._service_entry(desired)
+        if entry != self.applied.services[name].entry:
+            yield PutService(name, self._service_ids.of(name), entry)
+
+    def _slots(self, desired: DesiredService) -> Iterator[PutSlots]:
+        name, listen = desired.config.name, desired.config.listen
         members = [
-            maglev.Member(backend.config.label(desired.config.listen), ids[backend.config.name], backend.weight)
-            for backend in desired.backends
+            maglev.Member(b.config.label(listen), self._backend_ids.of(BackendKey(name, b.config.name)), b.weight)
+            for b in desired.backends
         ]
         size = maglev.table_size(len(members))
         known = self.applied.services.get(name)
@@ -220,21 +234,41 @@ class Planner:
                 yield PutSlots(name, known.first, table)
 
     def _room(self, name: str, size: int) -> int:
-        """A free stretch of `size` slots, aligned to its size: behind all others while there is room, then the first
-        gap.
-        """
-        first = -(-self._end // size) * size
-        if first + size <= self.applied.geometry.slots:
-            self._end = first + size
-            return first
-        first = 0
-        for start, length in sorted((s.first, len(s.table)) for s in self.applied.services.values()):
-            if first + size <= start:
-                break
-            first = -(-max(first, start + length) // size) * size
-        if first + size > self.applied.geometry.slots:
+        """The first gap of `size` slots, aligned to its size. Slots freed since are looked for when none is left."""
+        first = self._take_gap(size)
+        if first is None:
+            self._gaps = self._find_gaps()
+            first = self._take_gap(size)
+        if first is None:
             raise CapacityExceeded(f"slots (now {name})")
         return first
+
+    def _take_gap(self, size: int) -> int | None:
+        for index, (start, end) in enumerate(self._gaps):
+            first = -(-start // size) * size
+            if first + size <= end:
+                rest = ((start, first), (first + size, end))
+                self._gaps[index : index + 1] = [(start, end) for start, end in rest if start < end]
+                return first
+        return None
+
+    def _find_gaps(self) -> list[tuple[int, int]]:
+        """Start and end of each stretch of slots that is not in use."""
+        gaps, end = [], 0
+        for first, length in sorted(self._occupied()):
+            if end < first:
+                gaps.append((end, first))
+            end = max(end, first + length)
+        return [*gaps, (end, self.applied.geometry.slots)]
+
+    def _occupied(self) -> Iterator[tuple[int, int]]:
+        """First and number of all slots in use: a service that moves is looked up at its old ones until its entry is
+        written.
+        """
+        for service in self.applied.services.values():
+            yield service.first, len(service.table)
+            if service.entry is not None:
+                yield service.entry.slots, service.entry.slot_count
 
     def _service_entry(self, desired: DesiredService) -> ServiceEntry:
         service = desired.config
@@ -258,13 +292,15 @@ class Planner:
             flags |= BackendFlag.IPV6
         if backend.shared:
             flags |= BackendFlag.SHARED
-        entry = BackendEntry(backend.config.address, service_id, backend.config.port or 0, flags)
-        if backend.way is None:
-            return entry
-        way = backend.way
-        source, spread = self._source(way.source, desired.config.forward, backend.config.address)
-        return replace(
-            entry,
+        address, port, way = backend.config.address, backend.config.port or 0, backend.way
+        if way is None:
+            return BackendEntry(address, service_id, port, flags)
+        source, spread = self._source(way.source, desired.config.forward, address)
+        return BackendEntry(
+            address=address,
+            service=service_id,
+            port=port,
+            flags=flags,
             source=source,
             source_spread=spread,
             ifindex=way.ifindex,
@@ -295,22 +331,29 @@ class Planner:
         return Publish(tuple(listening), tuple(replying))
 
 
-class _Ids:
-    """Numbers from 1 to `limit`, lowest free first."""
+class _Ids(Generic[_Name]):
+    """Numbers from 1 to `limit`, lowest free first. A name has the same one until it is released."""
 
-    def __init__(self, limit: int, used: Iterable[int]) -> None:
+    def __init__(self, what: str, limit: int, known: Mapping[_Name, int]) -> None:
+        self._what = what
         self._limit = limit
-        self._used = {0, *used}
+        self._ids = dict(known)
+        self._used = set(known.values())
         self._next = 1
 
-    def take(self, what: str) -> int:
+    def of(self, name: _Name) -> int:
+        if name in self._ids:
+            return self._ids[name]
         while self._next in self._used:
             self._next += 1
         if self._next > self._limit:
-            raise CapacityExceeded(what)
+            raise CapacityExceeded(f"{self._what} (now {name})")
+        self._ids[name] = self._next
         self._used.add(self._next)
         return self._next
 
-    def release(self, id_: int) -> None:
-        self._used.discard(id_)
-        self._next = min(self._next, id_)
+    def release(self, name: _Name) -> None:
+        id_ = self._ids.pop(name, None)
+        if id_ is not None:
+            self._used.remove(id_)
+            self._next = min(self._next, id_)

@@ -35,14 +35,14 @@ def features(config: Config, tx_by_redirect: bool) -> Features:
 
 
 def geometry(config: Config) -> Geometry:
-    """Maps that hold the configuration twice over, so that a reload seldom needs larger ones."""
+    """Maps that hold the configuration twice over: while one replaces another, they hold both."""
     backends = sum(len(service.backends) for service in config.services)
     slots = sum(maglev.table_size(len(service.backends)) for service in config.services)
     addresses = {service.listen.address for service in config.services}
     addresses |= {b.address for s in config.services if s.forward is Forward.NAT for b in s.backends}
     return Geometry(
-        services=abi.MAX_SERVICES,
-        backends=min(max(_power_of_two(2 * backends), _MIN_BACKENDS), abi.MAX_BACKENDS),
+        services=2 * abi.MAX_SERVICES,
+        backends=max(_power_of_two(2 * backends), _MIN_BACKENDS),
         slots=max(_power_of_two(2 * slots), _MIN_SLOTS),
         address_buckets=address_buckets_for(2 * len(addresses)),
         intervals=intervals_for(2 * (len(config.services) + backends)),
@@ -50,15 +50,16 @@ def geometry(config: Config) -> Geometry:
 
 
 def fits(config: Config, current: Geometry) -> bool:
-    """Do maps of that geometry hold the configuration, with room for services to move their slots?"""
-    slots = sum(maglev.table_size(len(service.backends)) for service in config.services)
-    backends = sum(len(service.backends) for service in config.services)
+    """Are maps of that geometry large enough? Any two configurations that fit can replace each other there, unless the
+    free slots are scattered.
+    """
     needed = geometry(config)
     return (
-        slots * 3 // 2 <= current.slots
-        and backends <= current.backends
-        and needed.address_buckets <= 2 * current.address_buckets
-        and needed.intervals <= 2 * current.intervals
+        needed.services <= current.services
+        and needed.backends <= current.backends
+        and needed.slots <= current.slots
+        and needed.address_buckets <= current.address_buckets
+        and needed.intervals <= current.intervals
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,19 +40,21 @@ class Steering:
             self._steers[key] = Steer(admin, weight, fingerprint(backend))
         self._write()
 
-    def follow(self, config: Config) -> Iterator[tuple[BackendKey, Steer]]:
+    def follow(self, config: Config) -> list[tuple[BackendKey, Steer]]:
         """The steers that still hold under `config`; the others are forgotten."""
         backends = {BackendKey(s.name, b.name): b for s in config.services for b in s.backends}
         held = {k: s for k, s in self._steers.items() if k in backends and fingerprint(backends[k]) == s.written}
         if held != self._steers:
             self._steers = held
             self._write()
-        yield from held.items()
+        return list(held.items())
 
     def _read(self) -> None:
         try:
             data = json.loads(self._path.read_text(encoding="utf-8"))
             for name, (admin, weight, written) in data.items():
+                if not isinstance(weight, int | None):
+                    raise ValueError(f"{weight!r} is no weight")
                 self._steers[BackendKey(*name.split("/", 1))] = Steer(Admin(admin), weight, written)
         except FileNotFoundError:
             return
