@@ -5,6 +5,7 @@
  */
 #include "wire.h"
 #include "frame.h"
+#include "csum.h"
 
 struct tunnel_address {
 	__u64 hi;
@@ -22,7 +23,7 @@ struct decap_counters {
 	__u64 ipip;
 	__u64 gue;
 	__u64 not_allowed; /* dropped: from an address that is no gateway's */
-	__u64 malformed;   /* dropped: no whole IP packet inside */
+	__u64 malformed;   /* dropped: no whole IP header inside */
 	__u64 congested;   /* dropped: marked congested on the way, and the sender does not know ECN (RFC 6040 4.2) */
 };
 
@@ -32,6 +33,9 @@ BPF_F_TABLE("lpm_trie", struct gateway_prefix, __u32, gateways, 256, BPF_F_NO_PR
 
 #define COUNTER(name) (__builtin_offsetof(struct decap_counters, name) / sizeof(__u64))
 #define ECN_MASK 3
+#define ECN_NOT_CAPABLE 0
+#define ECN_1 1
+#define ECN_0 2
 #define ECN_CE 3
 
 struct tunnel {
@@ -110,29 +114,51 @@ static __always_inline bool from_gateway(const struct tunnel *t)
 	return gateways.lookup(&key) != NULL;
 }
 
-/* RFC 6040: a congestion mark of the tunnel must reach the receiver, or the packet must not. */
-static __always_inline bool carry_congestion(const struct tunnel *t, void *end, __u8 version)
+/* The length of the inner IP header (of IPv4's without options); 0 where there is none. */
+static __always_inline __u32 inner_header_length(const struct tunnel *t, void *end)
+{
+	const __u8 *first = t->inner;
+
+	if ((void *)(first + 1) > end)
+		return 0;
+	return *first >> 4 == 4 ? sizeof(struct ipv4hdr) : *first >> 4 == 6 ? sizeof(struct ipv6hdr) : 0;
+}
+
+/* RFC 6040 4.2: the inner ECN field after the outer one; below 0 where the packet must be dropped. */
+static __always_inline int combine_ecn(__u8 inner, __u8 outer)
+{
+	if (outer == ECN_CE)
+		return inner == ECN_NOT_CAPABLE ? -1 : ECN_CE;
+	return inner == ECN_0 && outer == ECN_1 ? ECN_1 : inner;
+}
+
+/* A congestion mark of the tunnel must reach the receiver, or the packet must not. */
+static __always_inline bool carry_congestion(const struct tunnel *t, void *end)
 {
 	struct ipv4hdr *ip4 = t->inner;
 	struct ipv6hdr *ip6 = t->inner;
-	__u16 sum;
+	__u16 *first_word = t->inner, old;
+	__u8 inner;
+	int ecn;
 
-	if (t->ecn != ECN_CE)
-		return true;
-	if (version == 4) {
-		if ((void *)(ip4 + 1) > end || !(ip4->tos & ECN_MASK))
+	if ((void *)(ip4 + 1) > end)
+		return false;
+	if (ip4->version_ihl >> 4 == 4) {
+		ecn = combine_ecn(ip4->tos & ECN_MASK, t->ecn);
+		if (ecn < 0)
 			return false;
-		sum = ~ip4->check;
-		sum = sum + be16(ECN_CE - (ip4->tos & ECN_MASK));
-		if (sum < be16(ECN_CE - (ip4->tos & ECN_MASK)))
-			sum++;
-		ip4->tos |= ECN_CE;
-		ip4->check = ~sum;
+		old = *first_word;
+		ip4->tos = (ip4->tos & ~ECN_MASK) | ecn;
+		ip4->check = csum_apply(ip4->check, csum_change16(0, old, *first_word));
 		return true;
 	}
-	if ((void *)(ip6 + 1) > end || !(be32(ip6->version_class_label) >> 20 & ECN_MASK))
+	if ((void *)(ip6 + 1) > end)
 		return false;
-	ip6->version_class_label |= be32(ECN_CE << 20);
+	inner = be32(ip6->version_class_label) >> 20 & ECN_MASK;
+	ecn = combine_ecn(inner, t->ecn);
+	if (ecn < 0)
+		return false;
+	ip6->version_class_label ^= be32((__u32)(inner ^ ecn) << 20);
 	return true;
 }
 
@@ -143,7 +169,7 @@ int xdplb_decap(struct xdp_md *ctx)
 	struct tunnel t = {};
 	__u64 macs_first;
 	__u32 macs_last;
-	__u8 version;
+	__u32 header_length;
 
 	if ((void *)(eth + 1) > end)
 		return XDP_PASS;
@@ -154,12 +180,10 @@ int xdplb_decap(struct xdp_md *ctx)
 		return XDP_PASS;
 	if (!from_gateway(&t))
 		return count(COUNTER(not_allowed), XDP_DROP);
-	if (t.inner + sizeof(struct ipv4hdr) > end)
+	header_length = inner_header_length(&t, end);
+	if (!header_length || t.inner + header_length > end)
 		return count(COUNTER(malformed), XDP_DROP);
-	version = *(__u8 *)t.inner >> 4;
-	if (version != 4 && version != 6)
-		return count(COUNTER(malformed), XDP_DROP);
-	if (!carry_congestion(&t, end, version))
+	if (!carry_congestion(&t, end))
 		return count(COUNTER(congested), XDP_DROP);
 
 	macs_first = *(__u64 *)eth->macs;
@@ -171,6 +195,6 @@ int xdplb_decap(struct xdp_md *ctx)
 		return XDP_DROP;
 	*(__u64 *)eth->macs = macs_first;
 	*(__u32 *)(eth->macs + 8) = macs_last;
-	eth->type = version == 4 ? be16(ETH_P_IP) : be16(ETH_P_IPV6);
+	eth->type = header_length == sizeof(struct ipv4hdr) ? be16(ETH_P_IP) : be16(ETH_P_IPV6);
 	return count(t.gue ? COUNTER(gue) : COUNTER(ipip), XDP_PASS);
 }

@@ -39,7 +39,9 @@ static __always_inline bool is_icmp_error(const struct packet *p)
 /* Is a field of the quotation part of the packet? Behind that stands whatever the link layer padded the frame with. */
 static __always_inline bool quoted_to(const struct packet *p, const void *field_end)
 {
-	return field_end <= p->end && field_end <= p->network + p->length;
+	__u32 length = field_end - p->network;
+
+	return field_end <= p->end && length <= p->length;
 }
 
 static __always_inline bool parse_quoted_ipv4(const struct packet *p, struct quoted *q)
@@ -118,7 +120,7 @@ static __always_inline __u64 quote_checksum(const struct packet *p, const struct
 	struct udphdr *udp = q->transport;
 
 	if (q->protocol == IPPROTO_UDP) {
-		if (quoted_to(p, udp + 1) && udp->check)
+		if ((void *)(udp + 1) <= p->end && udp->check)
 			return quote_field(&udp->check, csum_apply_udp(udp->check, sum));
 	} else if (quoted_to(p, &tcp->check + 1)) {
 		return quote_field(&tcp->check, csum_apply(tcp->check, sum));

@@ -123,7 +123,6 @@ static __always_inline enum route find_route(const struct packet *p, const struc
 	case BPF_FIB_LKUP_RET_SUCCESS:
 		return ROUTE_SEND;
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
-	case BPF_FIB_LKUP_RET_FWD_DISABLED:
 		return ROUTE_KERNEL;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
 		return p->version == 4 && !(p->ip4->fragment & be16(IP_DF)) ? ROUTE_KERNEL : ROUTE_KERNEL_UNTOUCHED;

@@ -39,7 +39,8 @@ static __always_inline void take_hop(struct packet *p)
 		p->ip6->hop_limit--;
 		return;
 	}
-	/* The TTL is the first byte of its word: one less of it is be16(0x0100) more of the checksum, with the carry (RFC 1141). */
+	/* The TTL is the first byte of its word: one less of it is be16(0x0100) more of the checksum, with the carry (RFC
+	 * 1141). */
 	check = p->ip4->check + be16(0x0100);
 	p->ip4->check = check + (check >= 0xffff);
 	p->ip4->ttl--;
