@@ -23,7 +23,7 @@ def read_stats(instance: Instance) -> dict[str, Any]:
     manifest = load(instance.manifest)
     if manifest is None:
         raise DaemonUnreachable(f"no xdplb runs on {instance.name}", f"Start one with: xdplb up {instance.name}")
-    return stats(manifest, {name: _read_pinned(Path(manifest.pins) / name) for name in manifest.counters})
+    return stats(manifest, {name: read_pinned(Path(manifest.pins) / name) for name in manifest.counters})
 
 
 def stats(manifest: Manifest, counters: Mapping[str, NDArray[np.uint64]]) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def stats(manifest: Manifest, counters: Mapping[str, NDArray[np.uint64]]) -> dic
     }
 
 
-def _read_pinned(path: Path) -> NDArray[np.uint64]:
+def read_pinned(path: Path) -> NDArray[np.uint64]:
+    """All of a pinned map's counters, summed over CPUs. NotPrivileged, DaemonUnreachable where the map is gone."""
     try:
         descriptor = bpfsys.get(path)
     except PermissionError as error:

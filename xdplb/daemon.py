@@ -9,14 +9,12 @@ over
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,11 +28,13 @@ from xdplb.errors import DaemonUnreachable, NotCapable, XdplbError
 from xdplb.gateway import Gateway
 from xdplb.health import CheckResult, Health
 from xdplb.links import Links
+from xdplb.lock import locked
+from xdplb.logs import log_to_stderr
 from xdplb.manifest import Manifest
-from xdplb.model import Address, AttachMode, BackendKey, Config, HealthState
+from xdplb.model import Address, Admin, AttachMode, BackendKey, Config, HealthState
 from xdplb.nexthop_watcher import NextHopWatcher
 from xdplb.nexthops import LinkEvent, NextHop, NextHopState
-from xdplb.paths import Instance, make_directory, state_directory
+from xdplb.paths import Instance, state_directory
 from xdplb.plan import CapacityExceeded
 from xdplb.probes import Prober, Target
 from xdplb.steering import Steering
@@ -66,10 +66,9 @@ class DaemonOptions:
 
 def run(options: DaemonOptions) -> None:
     """Runs until told to end. Raises XdplbError where it cannot start, or cannot go on."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log_to_stderr()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    make_directory(options.instance.runtime)
     with _locked(options.instance):
         asyncio.run(_run(options))
 
@@ -79,26 +78,36 @@ async def _run(options: DaemonOptions) -> None:
         daemon = Daemon(options, links)
         try:
             await daemon.run()
-        except* XdplbError as group:
-            raise _first(group) from None
+        except XdplbError:
+            raise
+        except ExceptionGroup as group:
+            ours, bugs = group.split(XdplbError)
+            if ours is not None and bugs is None:
+                raise _first(ours) from None
+            daemon.leave_running |= daemon.serving  # a bug in the control plane does not stop packets
+            raise
         finally:
             if not daemon.leave_running:
                 await gateway.undo(links, options.instance)
 
 
-def _first(group: BaseExceptionGroup[XdplbError]) -> XdplbError:
+def _first(group: ExceptionGroup[XdplbError]) -> XdplbError:
     error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
 def down(interface: str) -> list[str]:
     """Ends the daemon if there is one, and removes whatever is left. Returns what was done, a line each."""
     instance = Instance(interface)
-    done = []
-    with suppress(DaemonUnreachable):
-        call(instance, "stop")
-        done.append(f"stopped balancing on {interface}")
-    with _locked(instance, patience_s=STOPPING_S):
+    done: list[str] = []
+
+    def stop() -> None:
+        with suppress(DaemonUnreachable):
+            call(instance, "stop")
+            done[:] = [f"stopped balancing on {interface}"]
+
+    stop()
+    with _locked(instance, STOPPING_S, stop):  # one that is starting answers later
         return [*done, *asyncio.run(_undo(instance))]
 
 
@@ -107,34 +116,24 @@ async def _undo(instance: Instance) -> list[str]:
         return await gateway.undo(links, instance)
 
 
-@contextmanager
-def _locked(instance: Instance, patience_s: float = 0.0) -> Iterator[None]:
-    """One daemon an instance. XdplbError names the other one."""
-    make_directory(instance.runtime)
-    with instance.lock.open("a+") as file:
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    raise XdplbError(
-                        f"another xdplb (process {file.read().strip() or 'unknown'}) runs on {instance.name}",
-                        f"look at it: xdplb status; end it: xdplb down {instance.name}",
-                    ) from None
-                time.sleep(0.05)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+def _locked(
+    instance: Instance, patience_s: float = 0.0, while_waiting: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:
+    return locked(
+        instance.lock,
+        f"another xdplb runs on {instance.name}",
+        f"look at it: xdplb status; end it: xdplb down {instance.name}",
+        patience_s,
+        while_waiting,
+    )
 
 
 class Daemon:
     """One running instance. Lives on the event loop's thread; only compiling leaves it."""
 
+    serving = False
     leave_running = False
+    """Whether what is there when it ends is for the next `up` to take over."""
 
     def __init__(self, options: DaemonOptions, links: Links) -> None:
         self.options = options
@@ -155,44 +154,61 @@ class Daemon:
 
     async def run(self) -> None:
         instance = self.instance
+        self.leave_running = instance.manifest.exists()
         left = manifest.load(instance.manifest)
-        self.leave_running = left is not None
         self._interfaces = [await self._links.interface(name) for name in self.options.interfaces]
-        self.notes = left or Manifest([i.name for i in self._interfaces], "", {}, {}, {})
+        self.notes = left or Manifest([], "", {}, {})
+        self.notes.interfaces = [interface.name for interface in self._interfaces]
         self._gateway = Gateway(self._links, instance, self._interfaces, self.notes)
         await self._gateway.refuse_foreign(self.options.replace)
         tx_by_redirect = any(interface.kind == "veth" for interface in self._interfaces)
         self._generations = generations.Generations(instance, generations.hash_key(self.config), tx_by_redirect)
         async with asyncio.TaskGroup() as tasks:
             tending = [tasks.create_task(self._watcher.run()), tasks.create_task(self._prober.run())]
+            self._handle_signals(tasks)
             try:
-                await self._start(left)
-                async with ControlServer(instance.control, {**Commands(self).handlers, "stop": self._on_stop}):
-                    self._handle_signals(tasks)
-                    notify.ready()
-                    await self._stop.wait()
-                    log.info("ending")
+                if await self._unless_stopped(tasks.create_task(self._start(left))):
+                    async with ControlServer(instance.control, {**Commands(self).handlers, "stop": self._on_stop}):
+                        notify.ready()
+                        await self._stop.wait()
+                log.info("ending")
             finally:
                 for task in tending:
                     task.cancel()
 
-    async def _start(self, left: Manifest | None) -> None:
-        self._follow(self.config, left)
-        engine, _ = await asyncio.gather(
-            self._generations.first(self.config, self.statuses, left), self._first_verdicts(self.config)
-        )
-        self.engine = engine
-        self.engine.apply_all()
-        self.leave_running = False
-        self._save()
-        self._gateway.prepare(self.config)
-        await self._attach()
-        await self._gateway.add_addresses(self.config)
-        self._save()
+    async def _unless_stopped(self, work: asyncio.Task[None]) -> bool:
+        """Waits for `work`, and cancels it when this daemon is told to stop. True where it was done."""
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+        return not work.cancelled()
 
-    async def _attach(self) -> None:
+    async def _start(self, left: Manifest | None) -> None:
+        async with self._reloading:
+            self._follow(self.config, left)
+            self.engine, _ = await asyncio.gather(
+                self._generations.first(self.config, self.statuses, left), self._first_verdicts(self.config)
+            )
+            self.engine.apply_all()
+            if left is not None:
+                generations.carry_counters(left, self.engine)
+            self._save()
+            self._gateway.prepare(self.config)
+            await self._attach(self.engine)
+            self.leave_running = False
+            await self._gateway.add_addresses(self.config)
+            await self._gateway.remove_addresses(self.config)
+            await self._gateway.leave_other_interfaces()
+            self._generations.forget_others(self.engine)
+            self._save()
+            self.serving = True
+
+    async def _attach(self, engine: Engine) -> None:
         mode = AttachMode(self.options.mode)
-        attachments = await self._gateway.attach(self.engine.plane.program_fd, mode, self.options.replace)
+        attachments = await self._gateway.attach(engine.plane.program_fd, mode, self.options.replace)
         for name, attachment in attachments.items():
             why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
             log.info("%s: attached in %s mode%s", name, attachment.mode, why)
@@ -200,7 +216,7 @@ class Daemon:
     async def reload(self, config: Config) -> None:
         """From the configuration in force to `config`. XdplbError leaves the one in force as it was."""
         async with self._reloading:
-            before = self.config
+            before, health_before = self.config, dict(self.health)
             self._watch(_backends(before) | _backends(config), config)
             await self._first_verdicts(config)
             try:
@@ -209,6 +225,8 @@ class Daemon:
                 self.engine.adopt_config(config)
                 self.engine.apply_all()
             except (CapacityExceeded, XdplbError) as error:
+                self._watch(_backends(before), before)
+                self.health.update(health_before)
                 self._follow(before, None)
                 self.engine.adopt_config(before)
                 self.engine.apply_all()
@@ -229,11 +247,19 @@ class Daemon:
         old, new = self.engine, await self._generations.next(self.engine, config)
         if new is old:
             return
+        moved = new.plane.pins != old.plane.pins
+        try:
+            self._gateway.prepare(config)
+            await self._attach(new)
+        except XdplbError:
+            if moved:
+                new.plane.unpin()
+            new.plane.close()
+            raise
         self.engine = new
-        self._gateway.prepare(config)
-        await self._attach()
+        self.engine.apply_all()  # what changed meanwhile
         self._save()
-        if new.plane.pins != old.plane.pins:
+        if moved:
             old.plane.unpin()
         old.plane.close()
 
@@ -243,8 +269,7 @@ class Daemon:
         """
         self.statuses.follow(config)
         self._watch(_backends(config), config)
-        for key, steer in self.steering.follow(config):
-            self.statuses.set(key, replace(self.statuses.get(key), admin=steer.admin, weight=steer.weight))
+        steers = dict(self.steering.follow(config))
         for key in list(self.health):
             if key not in self._targets:
                 del self.health[key]
@@ -254,7 +279,9 @@ class Daemon:
                 state, reason, since = left.health[str(key)]
                 known = self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
             way = _way(self._watcher.records.get(self._targets[key].address))
-            self.statuses.set(key, replace(self.statuses.get(key), health=known.state, way=way))
+            steer = steers.get(key)
+            admin, weight = (steer.admin, steer.weight) if steer else (Admin.ACTIVE, None)
+            self.statuses.set(key, BackendStatus(known.state, admin, weight, way))
 
     def _watch(self, targets: dict[BackendKey, Target], config: Config) -> None:
         """Checks and neighbour resolution for these backends. One whose endpoint or check changed starts anew as
@@ -367,7 +394,7 @@ class Daemon:
 
     def _leave(self) -> None:
         log.info("leaving the packet path running")
-        self.leave_running = True
+        self.leave_running |= self.serving
         self._stop.set()
 
     async def _on_hangup(self) -> None:

@@ -1,6 +1,7 @@
 """`xdplb decap IFACE`, for backends: takes ipip and gue off before the kernel sees the packet, on any kernel.
 
-Runs in the foreground. When it ends the program goes with it; killed, it leaves the program for the next run to take over.
+Runs in the foreground. When it ends the program goes with it; killed, it leaves the program for the next run to take
+over.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from xdplb import bpfsys, bundle, dataplane, notify
 from xdplb.endpoints import address_words
 from xdplb.errors import ForeignProgram, UsageError
 from xdplb.links import Links
+from xdplb.lock import locked
+from xdplb.logs import log_to_stderr
 from xdplb.model import Address, AttachMode
 from xdplb.nexthops import Interface
-from xdplb.paths import pin_directory
+from xdplb.paths import pin_directory, runtime_directory
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +36,12 @@ def run(interface: str, port: int, mode: str, gateways: Sequence[str] = ()) -> N
 
     Only packets to an address of this host are touched.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    log_to_stderr()
     prefixes = [_prefix(text) for text in gateways]
-    asyncio.run(_run(interface, port, AttachMode(mode), prefixes))
+    lock = runtime_directory() / f"decap-{interface}.lock"
+    with locked(lock, f"another xdplb decap runs on {interface}", "end that one first"):
+        asyncio.run(_run(interface, port, AttachMode(mode), prefixes))
+        lock.unlink(missing_ok=True)
 
 
 def _prefix(text: str) -> IPv4Network | IPv6Network:
@@ -46,21 +52,26 @@ def _prefix(text: str) -> IPv4Network | IPv6Network:
 
 
 async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Network | IPv6Network]) -> None:
+    stop = asyncio.Event()
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(ending, stop.set)
     async with Links() as links:
         interface = await links.interface(name)
         bpf, program = await asyncio.to_thread(_load, port, bool(prefixes))
         for number, prefix in enumerate(prefixes):
             _put(bpf, "gateways", _trie_key(prefix), number + 1)
-        follower = asyncio.create_task(_follow_addresses(links, bpf))
+        tasks = [asyncio.create_task(_follow_addresses(links, bpf)), asyncio.create_task(stop.wait())]
         try:
             await _attach(links, interface, program, mode)
             notify.ready()
-            await _stopped()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task
         finally:
-            follower.cancel()
+            for task in tasks:
+                task.cancel()
             await links.detach(interface.index, expected_fd=program)
-            with suppress(FileNotFoundError):
-                _pin(interface.name).unlink()
+            _pin(interface.name).unlink(missing_ok=True)
             log.info("%s: detached; %s", name, _counters(bpf))
 
 
@@ -135,10 +146,3 @@ def _counters(bpf: Any) -> str:
     fields = [name for name, *_ in bpf[b"decap_counters"].sLeaf._fields_]
     values = bpfsys.read_per_cpu_value(_fd(bpf, "decap_counters"), 0)
     return ", ".join(f"{name} {value}" for name, value in zip(fields, values, strict=True))
-
-
-async def _stopped() -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await stop.wait()

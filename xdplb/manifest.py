@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdplb.abi import Features, Geometry
+from xdplb.abi import Geometry
 from xdplb.errors import XdplbError
 
 VERSION = 1
@@ -31,20 +31,20 @@ class ServiceRecord:
 
 @dataclass(slots=True)
 class Manifest:
-    """`addresses` and `sysctls` are what we added and changed. `health` holds (state, reason, since) by
-    SERVICE/BACKEND.
+    """`addresses`, `sysctls` and `aggregation` are what we added and changed, `programs` the ids of what we attached.
+    `health` holds (state, reason, since) by SERVICE/BACKEND.
     """
 
     interfaces: list[str]
     pins: str
     geometry: dict[str, int]
-    features: dict[str, bool]
     counters: dict[str, list[str]]
     services: dict[str, ServiceRecord] = field(default_factory=dict)
     health: dict[str, list[Any]] = field(default_factory=dict)
     addresses: list[list[str]] = field(default_factory=list)
     sysctls: dict[str, str] = field(default_factory=dict)
     aggregation: dict[str, list[str]] = field(default_factory=dict)
+    programs: list[int] = field(default_factory=list)
     version: int = VERSION
 
     def save(self, path: Path) -> None:
@@ -53,23 +53,24 @@ class Manifest:
         fresh.replace(path)
 
     @property
-    def map_geometry(self) -> Geometry:
-        return Geometry(**self.geometry)
-
-    @property
-    def program_features(self) -> Features:
-        return Features(**self.features)
+    def map_geometry(self) -> Geometry | None:
+        """None where another version of xdplb made the maps."""
+        try:
+            return Geometry(**self.geometry)
+        except TypeError:
+            return None
 
 
 def load(path: Path) -> Manifest | None:
     """None where there is none. XdplbError where it cannot be understood."""
+    hint = f"xdplb down {path.parent.name} removes it, and the packet path with it"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != VERSION:
+            raise XdplbError(f"{path} is of another version of xdplb", hint)
+        services = {name: ServiceRecord(**record) for name, record in data.pop("services").items()}
+        return Manifest(services=services, **data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise XdplbError(f"{path} cannot be read: {error}", f"xdplb down {path.parent.name} removes it") from error
-    if not isinstance(data, dict) or data.get("version") != VERSION:
-        raise XdplbError(f"{path} is of another version of xdplb", f"xdplb down {path.parent.name} removes it")
-    services = {name: ServiceRecord(**record) for name, record in data.pop("services").items()}
-    return Manifest(services=services, **data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise XdplbError(f"{path} cannot be read: {error}", hint) from error

@@ -10,6 +10,8 @@ import pytest
 from xdplb.errors import XdplbError
 from xdplb.lab import Laboratory, Shape, check_able
 
+pytest.register_assert_rewrite("stage")
+
 MakeLaboratory = Callable[..., Laboratory]
 
 
