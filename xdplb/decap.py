@@ -72,6 +72,8 @@ async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Ne
                 task.cancel()
             await links.detach(interface.index, expected_fd=program)
             _pin(interface.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                pin_directory().rmdir()  # unless somebody else's pins are there
             log.info("%s: detached; %s", name, _counters(bpf))
 
 
