@@ -48,13 +48,20 @@ class Hash:
         value = _fold(value ^ word) * self.factor & _WORD
         return _fold(value)
 
-    def flow(self, client: str, client_port: int, service_port: int, use_ports: bool = True) -> int:
-        """Of a packet from `client` to a service; fragments and source-hash services leave the ports out."""
-        packed = ip_address(client).packed
+    def address(self, address: str) -> int:
+        """Under which an address is looked up."""
+        return _fold(self._address(address) * _GOLDEN & _WORD)
+
+    def _address(self, address: str) -> int:
+        packed = ip_address(address).packed
         wire = packed if len(packed) == 16 else bytes(10) + b"\xff\xff" + packed
         hi, lo = struct.unpack("<QQ", wire)
+        return self.mix(self.mix(self.seed, hi), lo)
+
+    def flow(self, client: str, client_port: int, service_port: int, use_ports: bool = True) -> int:
+        """Of a packet from `client` to a service; fragments and source-hash services leave the ports out."""
         ports = int.from_bytes(struct.pack(">HH", client_port, service_port), "little") if use_ports else 0
-        mixed = self.mix(self.mix(self.mix(self.seed, hi), lo), ports)
+        mixed = self.mix(self._address(client), ports)
         return _fold(mixed * _GOLDEN & _WORD)
 
 

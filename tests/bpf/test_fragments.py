@@ -15,15 +15,20 @@ from packets import (
     Build,
     Case,
     Flow,
+    Packet,
+    Raw,
     Tags,
     Verdict,
     drop,
     fragments,
     frame,
+    network,
+    raw,
     tcp,
     udp,
 )
-from world import HASH, MODES, NAT, Mode, World, forwarded, replied
+from scapy.layers.inet6 import IPv6ExtHdrFragment
+from world import DSR, HASH, MODES, NAT, Mode, World, forwarded, replied
 
 from xdplb.model import Forward
 
@@ -120,6 +125,7 @@ def others() -> Iterator[Case]:
             counts,
             (unserved,),
         )
+    yield from options_behind_the_fragment_header()
     tiny = frame(fragments(tcp("S", bytes(16)), size=16)[0](Flow(CLIENT[4], NAT[4].vip)))
     yield Case(
         "a first fragment that ends within the TCP header is dropped", tiny, Verdict.DROP, None, drop("malformed")
@@ -127,6 +133,29 @@ def others() -> Iterator[Case]:
     tiny = frame(fragments(tcp("S", bytes(16)), size=8)[0](Flow(CLIENT[6], NAT[6].vip)))
     yield Case(
         "a first IPv6 fragment that ends within the TCP header is dropped", tiny, Verdict.DROP, None, drop("malformed")
+    )
+
+
+def options_behind_the_fragment_header() -> Iterator[Case]:
+    """They are cut as well: the first fragment's protocol is UDP, that of the others "destination options"."""
+    mode = DSR[6]
+
+    def part(data: slice, offset: int, more: int) -> Build:
+        def build(flow: Flow) -> Packet:
+            body = bytes.fromhex("1100010400000000") + raw(DATAGRAM(flow))[40:]
+            return network(flow) / IPv6ExtHdrFragment(nh=60, offset=offset, m=more, id=5) / Raw(body[data])
+
+        return build
+
+    flow = mode.flow("udp")
+    first, later = part(slice(0, 24), 0, 1), part(slice(24, None), 3, 0)
+    yield Case(
+        "a later fragment of destination options and UDP reaches the backend",
+        frame(later(flow)),
+        Verdict.TX,
+        mode.deliver(later, flow, "udp", 0),
+        forwarded(mode.service("udp"), later(flow)),
+        before=(frame(first(flow)),),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from packets import (
     Case,
     ErrorKind,
     Flow,
+    Packet,
     Tags,
     Verdict,
     fragments,
@@ -177,6 +179,16 @@ def to_clients() -> Iterator[Case]:
         )  # type: ignore[arg-type]
 
 
+def cut_error(version: int, report: Flow, kind: ErrorKind, about: Flow) -> Case:
+    """Errors are small; one that comes in fragments is no router's."""
+
+    def whole(flow: Flow) -> Packet:
+        return icmp(flow, kind, quotation(ANSWER["tcp"], about, None))
+
+    first = fragments(whole, size=56 if version == 4 else 72)[0](report)
+    return Case(f"the first fragment of an IPv{version} error passes", frame(first), Verdict.PASS)
+
+
 def about_nothing() -> Iterator[Case]:
     for version, mode in NAT.items():
         kind = ERRORS[version]["port unreachable"]
@@ -202,8 +214,11 @@ def about_nothing() -> Iterator[Case]:
         )
         other = icmp(report, (13, 0, 0) if version == 4 else (130, 0, 0), quotation(ANSWER["tcp"], about, 8))
         yield Case(f"an {family} message that is no error passes", frame(other), Verdict.PASS)
-        later = icmp(report, kind, quotation(fragments(ANSWER["tcp"])[1], about, 8))
+        ports = struct.pack(">HH", about.source_port, about.port)
+        like_a_header = tcp("A", bytes(4) + ports + bytes(28))
+        later = icmp(report, kind, quotation(fragments(like_a_header)[1], about, 8))
         yield Case(f"an {family} error about a later fragment passes", frame(later), Verdict.PASS, faulty=True)
+        yield cut_error(version, report, kind, about)
         expired = icmp(replace(report, ttl=1), kind, quotation(ANSWER["tcp"], about, 8))
         yield Case(f"an expired {family} error passes", frame(expired), Verdict.PASS)
         backend = Flow(mode.backend, CLIENT[version])

@@ -16,7 +16,8 @@ from world import DOWN, DSR, HASH, MODES, World
 
 from xdplb import abi, maglev
 from xdplb.desired import configured_weight
-from xdplb.model import BackendKey, Service
+from xdplb.endpoints import address_words
+from xdplb.model import BackendKey, Protocol, Service
 
 FLOWS = 3000
 POOLS = {4: "pool4", 6: "pool6"}
@@ -220,3 +221,22 @@ def test_the_verdicts_add_up_to_the_packets(world: World) -> None:
     after = world.counters()
     assert count == sum(value - before.get(name, 0) for name, value in after.items() if name.startswith("verdicts."))
     assert after.get("verdicts.aborted", 0) == before.get("verdicts.aborted", 0)
+
+
+def test_an_address_is_found_in_either_of_its_two_buckets(world: World) -> None:
+    buckets, half = world.plane.geometry.address_buckets, world.plane.half
+    table = world.plane.addresses[half * buckets :][:buckets]["entry"]["address"]
+    moved = 0
+    for service in world.config.services:
+        address = service.listen.address
+        hi, lo = address_words(address)
+        [(bucket, _)] = np.argwhere((table["hi"] == hi) & (table["lo"] == lo))
+        hashed = HASH.address(str(address))
+        assert bucket in (hashed % buckets, (hashed >> 32) % buckets)
+        moved += bucket != hashed % buckets
+        build = tcp() if service.listen.protocol is Protocol.TCP else udp()
+        verdict, _ = world.run(
+            frame(build(Flow(CLIENT[address.version], str(address), port=service.listen.first_port)))
+        )
+        assert verdict is not Verdict.PASS
+    assert moved
