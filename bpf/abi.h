@@ -76,6 +76,35 @@ struct backend {
 	__u8 pad[3];
 };
 
+/*
+ * A slot that changed hands: until `deadline`, in ticks, packets of flows that nobody remembers belong to the backend that it
+ * had before. Kept beside the slots, one each, and read only where the slot says so.
+ */
+struct transition {
+	__u32 previous;
+	__u32 deadline;
+};
+
+/* One cache line of remembered flows; flow.h says what a word holds. A word of 0 is free. */
+struct flow_set {
+	__u64 flow[8];
+};
+
+/* Per CPU: how many flows were remembered in this tick. */
+struct flow_budget {
+	__u32 tick;
+	__u32 used;
+};
+
+/* Per CPU. The names are those of metrics. */
+struct flow_counters {
+	__u64 remembered;     /* flows written into the cache */
+	__u64 recalled;       /* packets that went where the cache said */
+	__u64 evicted_idle;   /* ended or idle flows that gave their place to others */
+	__u64 evicted_live;   /* live ones that did: the cache is too small for this change of the pool */
+	__u64 not_remembered; /* no place or no budget: sent to the slot's previous backend instead */
+};
+
 /* Per CPU, per backend. The names are those of the metrics. */
 struct backend_counters {
 	__u64 packets;       /* towards the backend */
@@ -138,6 +167,7 @@ struct errand {
 	__u32 pad;
 };
 
+_Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");
 _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");
 _Static_assert(sizeof(struct backend) == 64, "a backend is one cache line");

@@ -23,18 +23,18 @@ struct flow_key {
 	__u32 protocol;
 };
 
-struct flow {
+struct remembered {
 	__u32 backend;
 	__u32 pad;
 };
 
-BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, CONVENTIONAL_FLOWS);
+BPF_TABLE("lru_hash", struct flow_key, struct remembered, flows, CONVENTIONAL_FLOWS);
 
-static __always_inline struct backend *recall(const struct packet *p, const struct service *service, __u64 hash, __u32 *id)
+static __always_inline struct backend *recall_flow(const struct packet *p, const struct service *service, __u64 hash, __u32 *id)
 {
 	struct flow_key key = {};
 	struct backend *backend;
-	struct flow *known, fresh = {};
+	struct remembered *known, fresh = {};
 
 	key.source = p->source;
 	key.destination = p->destination;
@@ -71,7 +71,7 @@ int conventional(struct xdp_md *ctx)
 	if (!id || !service)
 		return pass();
 	hash = hash_flow(&p->source, p->ports & service->ports_mask);
-	backend = recall(p, service, hash, &id);
+	backend = recall_flow(p, service, hash, &id);
 	if (!backend)
 		return pass();
 	return forward(p, service, backend, id, hash);

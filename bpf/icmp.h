@@ -12,6 +12,7 @@
 #include "lookup.h"
 #include "nat.h"
 #include "slots.h"
+#include "flow.h"
 
 #define MAX_QUOTED_EXTENSIONS 3
 
@@ -184,7 +185,8 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, c
 {
 	__u32 id = find_interval(to->services, port_key(q->protocol, q->ports & 0xffff));
 	struct service *service = services.lookup(&id);
-	__u32 ports, service_id = id;
+	__u32 ports, index, service_id = id;
+	struct flow flow = {};
 	struct backend *backend;
 	int action;
 	__u64 hash, sum;
@@ -193,7 +195,13 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, c
 		return pass();
 	ports = q->ports >> 16 | q->ports << 16; /* as the client sends them */
 	hash = hash_flow(&q->destination, ports & service->ports_mask);
-	backend = schedule(service, hash, &id);
+	flow.service = service;
+	flow.service_id = service_id;
+	flow.hash = hash;
+	flow.key = flow_key(service, service_id, hash, ports);
+	flow.tick = current_tick();
+	index = slot_index(service, hash);
+	backend = look_up_flow(&flow, read_slot(index), index, &id);
 	if (!backend)
 		return drop(service_id, REASON(no_backend));
 	if (!admit(p, service, backend, id, &action))

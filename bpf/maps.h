@@ -8,8 +8,9 @@
 
 #include "abi.h"
 
-struct slot_table {
-	char slot[SLOTS * 4]; /* SLOTS words; declared as bytes because bcc takes seconds for a long array of words */
+/* Slots by the cache line: an array's elements are padded to 8 bytes, so single words would take twice the memory. */
+struct slot_block {
+	__u32 slot[16];
 };
 
 BPF_TABLE_PINNED("array", __u32, struct directory, directory, 1, PIN("directory"), BPF_F_MMAPABLE);
@@ -17,7 +18,12 @@ BPF_TABLE_PINNED("array", __u32, struct address_bucket, addresses, 2 * ADDRESS_B
 BPF_TABLE_PINNED("array", __u32, struct interval, intervals, 2 * INTERVALS, PIN("intervals"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct service, services, SERVICES + 1, PIN("services"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct backend, backends, BACKENDS + 1, PIN("backends"), BPF_F_MMAPABLE);
-BPF_TABLE_PINNED("array", __u32, struct slot_table, slots, 1, PIN("slots"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct slot_block, slots, SLOTS / 16, PIN("slots"), BPF_F_MMAPABLE);
+
+BPF_TABLE_PINNED("array", __u32, struct transition, transitions, SLOTS, PIN("transitions"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct flow_set, flow_sets, FLOW_SETS, PIN("flow_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("percpu_array", __u32, struct flow_budget, flow_budgets, 1, PIN("flow_budgets"), 0);
+BPF_TABLE_PINNED("percpu_array", __u32, struct flow_counters, flow_counters, 1, PIN("flow_counters"), 0);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct backend_counters, backend_counters, BACKENDS + 1, PIN("backend_counters"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct drop_counters, drop_counters, SERVICES + 1, PIN("drop_counters"), 0);

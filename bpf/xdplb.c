@@ -2,9 +2,9 @@
 /*
  * xdplb's packet path. README.md beside this file walks one packet through it.
  *
- * Four programs: `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options,
- * extension headers or fragments; `xdplb_icmp` ICMP errors; `xdplb_answer` makes the balancer's own replies. The first calls
- * the others (tail calls), which begin again with the frame.
+ * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
+ * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
+ * `xdplb_answer` makes the balancer's own replies. The first calls the others (tail calls), which begin again with the frame.
  */
 #include "abi.h"
 #include "maps.h"
@@ -15,6 +15,7 @@
 #include "parse.h"
 #include "lookup.h"
 #include "slots.h"
+#include "flow.h"
 #include "rewrite.h"
 #include "encap.h"
 #include "forward.h"
@@ -22,6 +23,25 @@
 #include "fragment.h"
 #include "icmp.h"
 #include "answer.h"
+
+/* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
+static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
+							 __u32 service_id, __u64 hash, __u32 *id)
+{
+	__u32 index = slot_index(service, hash), slot = read_slot(index);
+	struct backend *backend = find_backend(slot, id);
+	struct flow flow = { .service = service, .service_id = service_id, .hash = hash };
+
+	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
+		return backend;
+	if (service->flags & SERVICE_STATELESS)
+		return schedule(service, hash, id);
+	flow.key = flow_key(service, service_id, hash, p->ports);
+	flow.tick = current_tick();
+	flow.state = flow_state(p);
+	flow.opening = flow.state == FLOW_OPENING && !(p->tcp_flags & TCP_ACK);
+	return recall(&flow, slot, index, id);
+}
 
 /* For a service's address and port: choose a backend, send the packet there. */
 static __always_inline int balance(struct packet *p, __u32 service_id, const bool full)
@@ -34,7 +54,7 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 	if (!service)
 		return pass();
 	hash = hash_flow(&p->source, p->ports & service->ports_mask);
-	backend = schedule(service, hash, &id);
+	backend = find_flow_backend(p, service, service_id, hash, &id);
 	if (!backend)
 		return no_backend(p, service, service_id);
 	if (full)
@@ -94,7 +114,7 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
 		if (is_icmp(p))
-			return continue_at(ctx, STAGE_ICMP);
+			return continue_at(ctx, STAGE_ICMP_REPLY);
 		if (!full && parsed == PARSE_FULL)
 			return continue_at(ctx, STAGE_FULL);
 		return not_for_service(p, to, full);
@@ -133,18 +153,32 @@ int xdplb_full(struct xdp_md *ctx)
 	return process(ctx, true);
 }
 
+/* An ICMP error and what it quotes; false for echo and the like, which are the kernel's. */
+static __always_inline bool parse_icmp_error(struct packet *p, struct xdp_md *ctx, struct quoted *quoted)
+{
+	return parse_network(p, ctx, true) == PARSED && is_icmp(p) && is_icmp_error(p) && parse_quoted(p, quoted);
+}
+
 int xdplb_icmp(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
+	struct quoted quoted = {};
 	struct address_entry *to;
+
+	if (!parse_icmp_error(p, ctx, &quoted))
+		return pass();
+	to = find_address(&p->destination);
+	return to ? icmp_to_backend(p, &quoted, to) : pass();
+}
+
+int xdplb_icmp_reply(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
 	struct quoted quoted = {};
 
-	if (parse_network(p, ctx, true) != PARSED || !is_icmp(p) || !is_icmp_error(p) || !parse_quoted(p, &quoted))
-		return pass(); /* echo and the like: the kernel's */
-	to = find_address(&p->destination);
-	if (to && to->services.count)
-		return icmp_to_backend(p, &quoted, to);
-	return HAVE_NAT ? icmp_to_client(p, &quoted) : pass();
+	if (!HAVE_NAT || !parse_icmp_error(p, ctx, &quoted))
+		return pass();
+	return icmp_to_client(p, &quoted);
 }
 
 int xdplb_answer(struct xdp_md *ctx)

@@ -16,6 +16,9 @@ MAX_SERVICES = 4096
 MAX_BACKENDS = 65536
 MAX_SLOTS_PER_SERVICE = 1 << 20
 SLOTS_PER_BACKEND = 128
+SLOT_BACKEND = 0x00FFFFFF
+SLOT_IN_TRANSITION = 1 << 31
+"""A slot's word: the id of its backend, and whether flows of another one may live on in it."""
 MIN_SLOTS = 128
 
 
@@ -29,6 +32,8 @@ class ForwardCode(enum.IntEnum):
 class ServiceFlag(enum.IntFlag):
     REJECT = 1
     """Answer, rather than drop, where no backend serves."""
+    STATELESS = 2
+    """`flows: none`: no flow is remembered."""
 
 
 class BackendFlag(enum.IntFlag):
@@ -37,17 +42,46 @@ class BackendFlag(enum.IntFlag):
     IPV6 = 2
     SHARED = 4
     """Other NAT services send to the same address, protocol and port: replies need the flow to be remembered."""
+    KEEP = 8
+    """`on_down: keep`: goes on with the flows that it has, up or not."""
 
 
 class Stage(enum.IntEnum):
     FULL = 0
     ICMP = 1
-    ANSWER = 2
+    ICMP_REPLY = 2
+    ANSWER = 3
+
+
+class FlowState(enum.IntEnum):
+    """Of a remembered flow, by what the client sends; it decides after how long an idle one counts as ended.
+
+    The bits of two states of one flow, taken together, are those of the later one.
+    """
+
+    OPENING = 0
+    ESTABLISHED = 1
+    DATAGRAM = 2
+    CLOSING = 3
 
 
 class Answer(enum.IntEnum):
     REJECT = 1
     TOO_BIG = 2
+
+
+@dataclass(frozen=True, slots=True)
+class FlowTimes:
+    """After how many ticks without a packet a remembered flow counts as ended, by state (the defaults are IPVS's),
+    how many flows a CPU remembers in a tick at most, and what a tick is: 2^tick_shift of the kernel's timer interrupts.
+    """
+
+    opening: int = 60
+    established: int = 900
+    closing: int = 120
+    datagram: int = 300
+    budget: int = 100_000
+    tick_shift: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +97,7 @@ class Features:
     outer_ipv4: bool
     outer_ipv6: bool
     tx_by_redirect: bool
+    times: FlowTimes = FlowTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +111,12 @@ class Geometry:
     intervals: int
     fragments: int = 8192
     nat_flows: int = 65536
+    flow_sets: int = 32768
 
 
 def defines(features: Features, geometry: Geometry) -> dict[str, int]:
     """All `-D` flags, but for the hash's key and the pins' place."""
+    times = features.times
     flags: dict[str, int] = {
         "HAVE_IPV4": features.ipv4,
         "HAVE_IPV6": features.ipv6,
@@ -97,12 +134,22 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "INTERVALS": geometry.intervals,
         "FRAGMENTS": geometry.fragments,
         "NAT_FLOWS": geometry.nat_flows,
+        "FLOW_SETS": geometry.flow_sets,
+        "FLOW_BUDGET": times.budget,
+        "TICK_SHIFT": times.tick_shift,
+        "TIMEOUT_OPENING": times.opening,
+        "TIMEOUT_ESTABLISHED": times.established,
+        "TIMEOUT_CLOSING": times.closing,
+        "TIMEOUT_DATAGRAM": times.datagram,
+        "SLOT_BACKEND": SLOT_BACKEND,
+        "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,
         "STAGE_COUNT": len(Stage),
     }
     for prefix, members in (("FORWARD", ForwardCode), ("SERVICE", ServiceFlag), ("BACKEND", BackendFlag)):
         flags |= {f"{prefix}_{member.name}": int(member) for member in members}
-    return {name: int(value) for name, value in flags.items()}
+    flags |= {f"FLOW_{state.name}": int(state) for state in FlowState}
+    return {"SLOT_IN_TRANSITION": SLOT_IN_TRANSITION} | {name: int(value) for name, value in flags.items()}
 
 
 def enums() -> str:

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 1, 2, 3, 6, 7, 10
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 1, 2, 3, 5, 6, 7, 10
 _PROG_GET_FD_BY_ID, _INFO_BY_FD, _LOOKUP_BATCH, _UPDATE_BATCH = 13, 15, 24, 26
+
+_XDP = 6
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,6 +50,16 @@ class _Batch(ctypes.Structure):
         ("map_fd", ctypes.c_uint32),
         ("elem_flags", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
+    )
+
+
+class _ProgLoad(ctypes.Structure):
+    _fields_ = (
+        ("prog_type", ctypes.c_uint32),
+        ("insn_cnt", ctypes.c_uint32),
+        ("insns", ctypes.c_uint64),
+        ("license", ctypes.c_uint64),
+        ("rest", ctypes.c_uint8 * 120),
     )
 
 
@@ -123,6 +135,13 @@ def get(path: Path) -> int:
     """A descriptor of the object pinned at `path`."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
+
+
+def load_xdp(instructions: bytes) -> int:
+    """A descriptor of an XDP program made of these instructions."""
+    code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
+    attributes = _ProgLoad(_XDP, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(license_))
+    return _bpf(_PROG_LOAD, attributes)
 
 
 def pin(descriptor: int, path: Path) -> None:

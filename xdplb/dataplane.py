@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import abi, bpfsys, bundle
+from xdplb import abi, bpfsys, bundle, flows
 from xdplb.codec import Codec
 from xdplb.errors import CompileError, NotCapable, NotPrivileged
 
 MAIN = "xdplb"
-_STAGES = {abi.Stage.FULL: "xdplb_full", abi.Stage.ICMP: "xdplb_icmp", abi.Stage.ANSWER: "xdplb_answer"}
-COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters")
+_STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
+COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_counters")
 BPFFS = Path("/sys/fs/bpf")
 
 
@@ -60,6 +60,8 @@ class Dataplane:
         self.direct_seen: NDArray[np.uint32] = np.frombuffer(self._memory("direct_seen"), np.uint32)[::2]
         self._half: NDArray[np.uint32] = np.frombuffer(self._memory("directory"), np.uint32)
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
+        self.transitions = np.frombuffer(self._memory("transitions"), flows.TRANSITION)[: geometry.slots]
+        self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
 
     @property
     def program_fd(self) -> int:

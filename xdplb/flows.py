@@ -1,0 +1,89 @@
+"""The flow cache and the slots in transition, as arrays: what bpf/flow.h keeps, read and steered in bulk. Pure.
+
+A flow's word: fingerprint (32 bits), backend's id (18), tick (12), state (2). The fingerprint's lowest bits are those
+of the flow's hash, and so its slot's number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, FlowState, FlowTimes
+
+Words = NDArray[np.uint64]
+SlotWords = NDArray[np.uint32]
+Mask = NDArray[np.bool_]
+
+TRANSITION = np.dtype([("previous", "<u4"), ("deadline", "<u4")])
+"""`struct transition`; the deadline in ticks."""
+
+TICK_MASK = 0xFFF
+WRAPPING = 3 * (TICK_MASK + 1) // 4
+"""An idle time in ticks at which a flow must be forgotten, before its tick comes round again and it looks alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flows:
+    """Remembered flows, decoded: arrays of one length."""
+
+    fingerprint: NDArray[np.uint32]
+    backend: NDArray[np.uint32]
+    idle: NDArray[np.uint32]
+    state: NDArray[np.uint8]
+
+    @classmethod
+    def decode(cls, words: Words, tick: int) -> Flows:
+        """`idle` is in ticks, at the time `tick`."""
+        return cls(
+            fingerprint=(words >> np.uint64(32)).astype(np.uint32),
+            backend=(words >> np.uint64(14) & np.uint64(0x3FFFF)).astype(np.uint32),
+            idle=(np.uint64(tick) - (words >> np.uint64(2)) & np.uint64(TICK_MASK)).astype(np.uint32),
+            state=(words & np.uint64(3)).astype(np.uint8),
+        )
+
+    def live(self, times: FlowTimes) -> Mask:
+        """Those that have not been idle for longer than their state allows."""
+        limits = np.zeros(len(FlowState), np.uint32)
+        for state in FlowState:
+            limits[state] = getattr(times, state.name.lower())
+        alive: Mask = self.idle <= limits[self.state]
+        return alive
+
+
+def live_words(words: Words, tick: int, times: FlowTimes) -> Words:
+    """The words in use whose flows live."""
+    used: Words = words[words != 0]
+    live: Words = used[Flows.decode(used, tick).live(times)]
+    return live
+
+
+def turn(
+    before: SlotWords, transitions: NDArray[np.void], table: SlotWords, tick: int, window: int
+) -> tuple[SlotWords, NDArray[np.void]]:
+    """The words and transitions of slots that get the backends `table`, having been `before`.
+
+    A slot that changes hands is in transition for `window` ticks. One that changes again within them keeps its first
+    previous backend: all younger flows are remembered, so those that are not are from before the first change.
+    """
+    owners = before & np.uint32(SLOT_BACKEND)
+    in_transition = before & np.uint32(SLOT_IN_TRANSITION) != 0
+    changed = (owners != table) & (owners != 0)
+    begins = changed & ~(in_transition & (transitions["deadline"] > tick))
+    fresh = transitions.copy()
+    fresh["previous"][begins] = owners[begins]
+    fresh["deadline"][begins] = tick + window
+    words = table | np.where(in_transition | changed, np.uint32(SLOT_IN_TRANSITION), np.uint32(0))
+    return words.astype(np.uint32), fresh
+
+
+def settle(words: SlotWords, transitions: NDArray[np.void], held: SlotWords, tick: int) -> Mask:
+    """Which slots in transition are settled: their time is over, and nobody remembers a flow of another backend.
+
+    `held`: indices of the slots of which live flows of another backend than the present one are remembered.
+    """
+    settled: Mask = (words & np.uint32(SLOT_IN_TRANSITION) != 0) & (transitions["deadline"] <= tick)
+    settled[held] = False
+    return settled
