@@ -12,7 +12,7 @@ from pathlib import Path
 
 from xdplb import configrules as rules
 from xdplb import model, yamllines
-from xdplb.configparts import BackendPart, CheckPart, FilePart, Schema
+from xdplb.configparts import BackendPart, CheckPart, FilePart, FlowCachePart, Schema
 from xdplb.configread import Draft, Report, read_part, read_services
 from xdplb.configvalues import told
 from xdplb.errors import ConfigError
@@ -39,7 +39,9 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         rules.checks(draft, report)
     report.raise_if_any(hint)
     services = tuple(_service(draft) for draft in drafts)
-    return model.Config(tuple(file.interfaces), services, file.hash_key, tunnel_source4, tunnel_source6)
+    return model.Config(
+        tuple(file.interfaces), services, file.hash_key, tunnel_source4, tunnel_source6, _flow_cache(file.flow_cache)
+    )
 
 
 def _service(draft: Draft) -> model.Service:
@@ -62,6 +64,19 @@ def _service(draft: Draft) -> model.Service:
         ),
         on_all_down=settings.on_all_down,
         gue_port=settings.gue_port,
+        on_down=settings.on_down,
+        flows=settings.flows,
+    )
+
+
+def _flow_cache(part: FlowCachePart) -> model.FlowCache:
+    return model.FlowCache(
+        capacity=part.capacity,
+        window_s=part.window,
+        established_s=part.established,
+        closing_s=part.closing,
+        opening_s=part.opening,
+        datagram_s=part.datagram,
     )
 
 

@@ -24,7 +24,6 @@ from xdplb.configvalues import (
     NAME,
     Affinity,
     Endpoint,
-    OnDown,
     choice,
     parse_affinity,
     parse_allow,
@@ -34,6 +33,7 @@ from xdplb.configvalues import (
     parse_endpoint,
     parse_expect,
     parse_hash_key,
+    parse_idle,
     parse_interface,
     parse_interval,
     parse_limit,
@@ -42,7 +42,7 @@ from xdplb.configvalues import (
     parse_slow_start,
     parse_tunnel_prefix,
 )
-from xdplb.model import CheckType, Forward, Listen, Network, OnAllDown, Scheduler
+from xdplb.model import CheckType, FlowMemory, Forward, Listen, Network, OnAllDown, OnDown, Scheduler
 
 
 def _words(available: type[StrEnum]) -> WithJsonSchema:
@@ -54,10 +54,12 @@ _TEXT_SCHEMA = WithJsonSchema({"type": "string"})
 _NETWORKS_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string"}})
 _NAME_SCHEMA = WithJsonSchema({"type": "string", "pattern": f"^{NAME.pattern}$"})
 _Interval = Annotated[float, PlainValidator(parse_interval), _DURATION_SCHEMA]
+_Idle = Annotated[float, PlainValidator(parse_idle), _DURATION_SCHEMA]
 _Limit = Annotated[int, PlainValidator(parse_limit), WithJsonSchema({"type": "integer", "minimum": 0})]
 _Port = Annotated[int, Field(ge=1, le=65535)]
 _Count = Annotated[int, Field(ge=1, le=255)]
 _CHECK = model.Check()
+_FLOW_CACHE = model.FlowCache()
 
 
 class Part(BaseModel):
@@ -123,17 +125,37 @@ class SettingsPart(Part):
     affinity: Annotated[StrEnum, PlainValidator(parse_affinity), _words(Affinity)] = Affinity.FLOW
     check: CheckPart = CheckPart()
     slow_start: Annotated[float, PlainValidator(parse_slow_start), _DURATION_SCHEMA] = 0.0
-    on_down: Annotated[StrEnum, PlainValidator(choice("on_down policy", OnDown, ("keep",))), _words(OnDown)] = (
-        OnDown.REHASH
-    )
+    on_down: Annotated[OnDown, PlainValidator(choice("on_down policy", OnDown, ())), _words(OnDown)] = OnDown.REHASH
+    """Flows of a backend that is down are scheduled anew, or kept."""
     on_all_down: Annotated[
         OnAllDown, PlainValidator(choice("on_all_down policy", OnAllDown, ())), _words(OnAllDown)
     ] = OnAllDown.REJECT
+    flows: Annotated[FlowMemory, PlainValidator(choice("flows policy", FlowMemory, ())), _words(FlowMemory)] = (
+        FlowMemory.REMEMBER
+    )
+    """none for services such as DNS, whose flows are one question and one answer."""
     allow: Annotated[list[Network], PlainValidator(parse_allow), _NETWORKS_SCHEMA] = []
     deny: Annotated[list[Network], PlainValidator(parse_deny), _NETWORKS_SCHEMA] = []
     limits: LimitsPart = LimitsPart()
     gue_port: _Port = 6080
     """The UDP port on which backends take gue."""
+
+
+class FlowCachePart(Part):
+    """The memory of flows that a change of the pool could break, on all services."""
+
+    capacity: Annotated[int, Field(ge=1024, le=1 << 26)] = _FLOW_CACHE.capacity
+    """How many flows, at 8 bytes each; small is fast."""
+    window: _Interval = _FLOW_CACHE.window_s
+    """For how long flows that nobody remembers belong to the backend their slot had before."""
+    established: _Idle = _FLOW_CACHE.established_s
+    """After how long an idle TCP flow counts as ended."""
+    closing: _Idle = _FLOW_CACHE.closing_s
+    """The same after a FIN or a reset."""
+    opening: _Idle = _FLOW_CACHE.opening_s
+    """The same after a SYN alone."""
+    datagram: _Idle = _FLOW_CACHE.datagram_s
+    """The same of UDP."""
 
 
 class BackendPart(Part):
@@ -169,6 +191,7 @@ class FilePart(Part):
     """Shared by the gateways of one cluster; drawn and kept where none is given."""
     tunnel_source: list[Annotated[Network, PlainValidator(parse_tunnel_prefix), _TEXT_SCHEMA]] = []
     """Prefixes, one for each family, that the outer sources of encapsulated packets are drawn from."""
+    flow_cache: FlowCachePart = FlowCachePart()
     defaults: SettingsPart = SettingsPart()
     services: list[ServicePart]
 

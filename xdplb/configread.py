@@ -19,6 +19,7 @@ from xdplb import yamllines
 from xdplb.configparts import BackendPart, Part, ServicePart, SettingsPart
 from xdplb.configvalues import did_you_mean, told
 from xdplb.errors import ConfigError
+from xdplb.model import CheckType, Protocol
 
 MAX_SERVICES = 4096
 MAX_BACKENDS_PER_SERVICE = 4096
@@ -167,10 +168,16 @@ def _read_backends(
     return backends, complete
 
 
-def _joined(defaults: SettingsPart, own: SettingsPart) -> SettingsPart:
-    """The defaults with a service's own settings over them; of `check`, key by key."""
+def _joined(defaults: SettingsPart, own: ServicePart) -> SettingsPart:
+    """The defaults with a service's own settings over them; of `check`, key by key.
+
+    A UDP service for which nobody names a type of check is not checked: the default, a TCP connection, would say
+    nothing.
+    """
     settings = defaults.model_copy(
         update={key: getattr(own, key) for key in own.model_fields_set & SettingsPart.model_fields.keys()}
     )
     check = defaults.check.model_copy(update={key: getattr(own.check, key) for key in own.check.model_fields_set})
+    if own.listen.protocol is Protocol.UDP and "type" not in check.model_fields_set:
+        check = check.model_copy(update={"type": CheckType.NONE})
     return settings.model_copy(update={"check": check})

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from xdplb.model import Address, Listen, Network, Protocol
 
+MAX_IDLE_S = 2040
+
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
@@ -247,10 +249,6 @@ class Affinity(StrEnum):
     FLOW = "flow"
 
 
-class OnDown(StrEnum):
-    REHASH = "rehash"
-
-
 _affinity_word = choice("affinity", Affinity, ("client",))
 
 
@@ -268,6 +266,14 @@ def parse_slow_start(value: object) -> float:
     if parse_duration(value) != 0:
         raise ValueError("slow_start is not available yet; only 0s is possible")
     return 0.0
+
+
+def parse_idle(value: object) -> float:
+    """The packet path counts idle times in seconds, nearly, and up to 34 minutes."""
+    seconds = parse_duration(value)
+    if not 1 <= seconds <= MAX_IDLE_S:
+        raise ValueError(f"must be from 1s to {MAX_IDLE_S // 60}m, but is {value}")
+    return seconds
 
 
 def parse_allow(value: object) -> list[Network]:

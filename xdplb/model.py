@@ -49,6 +49,20 @@ class OnAllDown(enum.StrEnum):
     FAIL_OPEN = "fail-open"
 
 
+class OnDown(enum.StrEnum):
+    """What becomes of the flows of a backend that is down."""
+
+    REHASH = "rehash"
+    KEEP = "keep"
+
+
+class FlowMemory(enum.StrEnum):
+    """Whether flows that a change of the pool could break are remembered."""
+
+    REMEMBER = "remember"
+    NONE = "none"
+
+
 class CheckType(enum.StrEnum):
     NONE = "none"
     TCP = "tcp"
@@ -149,6 +163,22 @@ class Service:
     backends: tuple[Backend, ...]
     on_all_down: OnAllDown = OnAllDown.REJECT
     gue_port: int = 6080
+    on_down: OnDown = OnDown.REHASH
+    flows: FlowMemory = FlowMemory.REMEMBER
+
+
+@dataclass(frozen=True, slots=True)
+class FlowCache:
+    """The memory of flows, in flows; how long a slot that changed hands gives flows that nobody remembers to its
+    previous backend; and after how long an idle flow counts as ended (the defaults are IPVS's).
+    """
+
+    capacity: int = 262_144
+    window_s: float = 900.0
+    established_s: float = 900.0
+    closing_s: float = 120.0
+    opening_s: float = 60.0
+    datagram_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +195,7 @@ class Config:
     hash_key: str = ""
     tunnel_source4: IPv4Network | None = None
     tunnel_source6: IPv6Network | None = None
+    flow_cache: FlowCache = FlowCache()
 
 
 class BackendKey(tuple[str, str]):
