@@ -9,7 +9,19 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xdplb.model import Address, Admin, Backend, BackendKey, Config, Forward, HealthState, OnAllDown, Protocol, Service
+from xdplb.model import (
+    Address,
+    Admin,
+    Backend,
+    BackendKey,
+    Config,
+    Forward,
+    HealthState,
+    OnAllDown,
+    OnDown,
+    Protocol,
+    Service,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +49,14 @@ class BackendStatus:
 
 @dataclass(frozen=True, slots=True)
 class DesiredBackend:
-    """`weight` is the effective one: its share of the slots. `up`: takes packets at all."""
+    """`weight` is the effective one: its share of the slots. `up`: takes packets at all, of flows that it has; `keeps`:
+    would go on with those if it were not.
+    """
 
     config: Backend
     weight: int
     up: bool
+    keeps: bool
     way: Way | None
     shared: bool
 
@@ -90,13 +105,30 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
             DesiredBackend(
                 config=backend,
                 weight=weights.get(backend.name, 0),
-                up=backend.name in weights,
+                up=backend.name in weights or keeps_flows(statuses[backend.name]),
+                keeps=keeps_flows_when_down(service, statuses[backend.name]),
                 way=statuses[backend.name].way,
                 shared=BackendKey(service.name, backend.name) in shared,
             )
             for backend in service.backends
         ),
     )
+
+
+def keeps_flows(status: BackendStatus) -> bool:
+    """Whether a backend that gets no new flows goes on with those that it has: one that drains, a backup that is not
+    needed any more, one of weight 0. One in maintenance does not.
+    """
+    return status.health is HealthState.UP and _may_serve(status)
+
+
+def keeps_flows_when_down(service: Service, status: BackendStatus) -> bool:
+    """The same of one that is down, by the service's policy."""
+    return service.on_down is OnDown.KEEP and _may_serve(status)
+
+
+def _may_serve(status: BackendStatus) -> bool:
+    return status.admin is not Admin.MAINT and status.way is not None
 
 
 def shared_backends(config: Config) -> frozenset[BackendKey]:

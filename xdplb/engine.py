@@ -6,21 +6,37 @@ brings it returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import maglev
+from xdplb import flows, maglev
+from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, BackendFlag
 from xdplb.bundle import HashKey
+from xdplb.clock import Clock
+from xdplb.clock import clock as the_clock
 from xdplb.dataplane import Dataplane
-from xdplb.desired import BackendStatus, DesiredService, desire, shared_backends
-from xdplb.model import BackendKey, Config, Service
-from xdplb.plan import Applied, ClearBackend, Operation, Planner, PutBackend, PutService, Tunnels
+from xdplb.desired import BackendStatus, DesiredService, desire, keeps_flows_when_down, shared_backends
+from xdplb.model import BackendKey, Config, OnAllDown, Service
+from xdplb.plan import Applied, ClearBackend, Operation, Planner, Publish, PutBackend, PutService, Tunnels
 from xdplb.writer import MapWriter
 
 Counters = NDArray[np.uint64]
+
+FLOW_MAPS = ("flow_sets",)
+SHARED_MAPS = (
+    "nat_flows",
+    "fragments",
+    "flow_sets",
+    "flow_budgets",
+    "flow_counters",
+    "drop_counters",
+    "verdict_counters",
+)
+"""Whose size no growth changes: larger generations go on with the very same ones, and miss nothing."""
 
 
 @dataclass(slots=True)
@@ -34,6 +50,9 @@ class Statuses:
 
     def set(self, key: BackendKey, status: BackendStatus) -> None:
         self.by_service[key.service][key.backend] = status
+
+    def copy(self) -> Statuses:
+        return Statuses({name: dict(backends) for name, backends in self.by_service.items()})
 
     def follow(self, config: Config) -> None:
         """Exactly the backends of `config` from now on; new ones have a status of their own."""
@@ -63,13 +82,22 @@ class Engine:
     """One generation of maps and what should be in them."""
 
     def __init__(
-        self, plane: Dataplane, key: HashKey, config: Config, statuses: Statuses, applied: Applied, retired: Retired
+        self,
+        plane: Dataplane,
+        key: HashKey,
+        config: Config,
+        statuses: Statuses,
+        applied: Applied,
+        retired: Retired,
+        clock: Clock | None = None,
     ) -> None:
         self.plane = plane
         self.applied = applied
         self.statuses = statuses
         self.retired = retired
-        self._writer = MapWriter(plane, key)
+        self._key = key
+        self._clock = clock or the_clock()
+        self._writer = MapWriter(plane, key, self._clock, self._clock.ticks(config.flow_cache.window_s))
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:
@@ -87,12 +115,31 @@ class Engine:
         """Makes the maps what they should be, wholly. CapacityExceeded leaves a valid, partly applied state."""
         self._carry_out(self._planner.whole([self.desired(service) for service in self.config.services]))
 
-    def apply_flags(self, service: str) -> None:
-        """The urgent part of a change in one service: who takes packets at all."""
-        for operation in self._planner.service(self.desired(self._services[service])):
-            if not isinstance(operation, PutBackend):
-                break
-            self._carry_out([operation])
+    def rehearse(self, config: Config) -> None:
+        """Raises CapacityExceeded where `apply_all` of that configuration would; writes nothing."""
+        other = copy(self)
+        other.statuses = self.statuses.copy()
+        other.applied = self.applied.copy()
+        other.adopt_config(config)
+        for operation in other._planner.whole([other.desired(service) for service in config.services]):
+            if isinstance(operation, Publish):
+                self._writer.build(operation)
+            other.applied.advance(operation)
+
+    def withdraw(self, key: BackendKey) -> None:
+        """The urgent part of a backend's failure: no packet goes there from now on, but of flows that it keeps. Its
+        slots are given away later.
+
+        Not where everybody serves once nobody is healthy: who serves is a matter of all backends there.
+        """
+        known = self.applied.backends.get(key)
+        if known is None or self._services[key.service].on_all_down is OnAllDown.FAIL_OPEN:
+            return
+        id_, entry = known
+        flags = entry.flags & ~BackendFlag.UP
+        if not keeps_flows_when_down(self._services[key.service], self.statuses.get(key)):
+            flags &= ~BackendFlag.KEEP
+        self._carry_out([PutBackend(key, id_, replace(entry, flags=flags))])
 
     def apply_service(self, service: str) -> None:
         """All of a change in one service."""
@@ -107,7 +154,7 @@ class Engine:
 
     def moves(self, config: Config) -> dict[str, float]:
         """What share of each service's slots would change hands under `config`, in percent. New services have none."""
-        statuses = Statuses({name: dict(backends) for name, backends in self.statuses.by_service.items()})
+        statuses = self.statuses.copy()
         statuses.follow(config)
         shared = shared_backends(config)
         result = {}
@@ -119,9 +166,60 @@ class Engine:
             result[service.name] = 100 * self._moved(desired, known.table) / len(known.table)
         return result
 
+    def remembered(self) -> dict[BackendKey, int]:
+        """Live remembered flows by backend; those that have none are left out."""
+        live = self._live()
+        counts = np.bincount(live.backend, minlength=1)
+        ids = {key: id_ for key, (id_, _) in self.applied.backends.items()}
+        return {key: int(counts[id_]) for key, id_ in ids.items() if id_ < len(counts) and counts[id_]}
+
+    def settle(self) -> int:
+        """Takes slots out of transition that need it no longer. Returns how many are still in it."""
+        plane, tick = self.plane, self._clock.tick
+        places = np.flatnonzero(plane.flow_words)
+        remembered = flows.Flows.decode(plane.flow_words[places], tick)
+        live = remembered.live(plane.features.times)
+        services = plane.backends.entries["service"][remembered.backend]
+        first, mask = plane.services.entries["slots"][services], plane.services.entries["slot_mask"][services]
+        slots = first + (remembered.fingerprint & mask)
+        elsewhere = (plane.slots[slots] & np.uint32(SLOT_BACKEND)) != remembered.backend
+        settled = flows.settle(plane.slots, plane.transitions, slots[live & elsewhere & (services != 0)], tick)
+        plane.slots[settled] &= np.uint32(SLOT_BACKEND)
+        in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
+        self._forget(places[~live & ~in_transition[slots] | (remembered.idle > flows.WRAPPING)])
+        tables = ((service.first, len(service.table)) for service in self.applied.services.values())
+        return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+
+    def moved_to(self, plane: Dataplane) -> Engine:
+        """An engine on larger maps that hold all that these do, under the same ids; see SHARED_MAPS for the rest."""
+        old = self.plane
+        for name in ("backends", "services"):
+            getattr(plane, name).raw[: len(getattr(old, name).raw)] = getattr(old, name).raw
+        plane.direct_seen[: len(old.direct_seen)] = old.direct_seen
+        plane.transitions[: len(old.transitions)] = old.transitions
+        plane.slots[: len(old.slots)] = old.slots
+        for id_, _ in self.applied.backends.values():
+            plane.set_counters("backend_counters", id_, old.read_counter("backend_counters", id_))
+        applied = self.applied.copy()
+        applied.geometry, applied.published = plane.geometry, Publish((), ())
+        engine = Engine(plane, self._key, self.config, self.statuses, applied, self.retired, self._clock)
+        engine.apply_all()
+        return engine
+
+    def _live(self) -> flows.Flows:
+        tick = self._clock.tick
+        return flows.Flows.decode(flows.live_words(self.plane.flow_words, tick, self.plane.features.times), tick)
+
+    def _forget(self, ended: NDArray[np.intp]) -> None:
+        """Flows that ended, by their places: those of settled slots, because later ones of the same ports leave no
+        trace there, and would be taken for them at the next change; others before their tick comes round again and
+        they look alive.
+        """
+        self.plane.flow_words[ended] = 0
+
     def _moved(self, desired: DesiredService, table: NDArray[np.uint32]) -> int:
         name, listen = desired.config.name, desired.config.listen
-        fresh = int(table.max(initial=0))
+        fresh = max((id_ for id_, _ in self.applied.backends.values()), default=0)
         members = []
         for backend in desired.backends:
             id_, _ = self.applied.backends.get(BackendKey(name, backend.config.name), (0, None))
@@ -134,7 +232,7 @@ class Engine:
             match operation:
                 case PutBackend(key, id_) if key not in self.applied.backends:
                     self._reset("backend_counters", id_)
-                case PutService(_, id_) if all(service.id != id_ for service in self.applied.services.values()):
+                case PutService(name, id_) if self.applied.services[name].id != id_:
                     self._reset("drop_counters", id_)
                 case ClearBackend(key, id_):
                     self.retired.add(key.service, self._backend_counters(id_))
@@ -146,26 +244,3 @@ class Engine:
 
     def _reset(self, map_name: str, id_: int) -> None:
         self.plane.set_counters(map_name, id_, np.zeros(len(self.plane.counter_fields(map_name)), np.uint64))
-
-
-def move_counters(old: Engine, new: Engine) -> None:
-    """Carries counters over to another generation's maps, by name. The new maps take packets only afterwards."""
-    ids: Mapping[str, list[tuple[int, int]]] = {
-        "backend_counters": [
-            (old.applied.backends[key][0], id_)
-            for key, (id_, _) in new.applied.backends.items()
-            if key in old.applied.backends
-        ],
-        "drop_counters": [(0, 0)]
-        + [
-            (old.applied.services[name].id, service.id)
-            for name, service in new.applied.services.items()
-            if name in old.applied.services
-        ],
-        "verdict_counters": [(0, 0)],
-    }
-    for map_name, pairs in ids.items():
-        counters = old.plane.read_counters(map_name, max(old_id for old_id, _ in pairs) + 1) if pairs else None
-        for old_id, new_id in pairs:
-            assert counters is not None
-            new.plane.set_counters(map_name, new_id, counters[old_id])

@@ -6,16 +6,18 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from xdplb import bundle, specialise
-from xdplb.abi import Features, Geometry
+from xdplb import bpfsys, bundle, specialise
+from xdplb.abi import SLOT_BACKEND, Features, Geometry
 from xdplb.bundle import HashKey
+from xdplb.clock import clock
 from xdplb.counters import read_pinned
-from xdplb.dataplane import COUNTER_MAPS, Dataplane, open_dataplane, remove_pins
-from xdplb.engine import Counters, Engine, Retired, Statuses, move_counters
+from xdplb.dataplane import COUNTER_MAPS, Dataplane, ensure_bpffs, open_dataplane, remove_pins
+from xdplb.engine import FLOW_MAPS, SHARED_MAPS, Counters, Engine, Retired, Statuses
 from xdplb.errors import XdplbError
 from xdplb.manifest import Manifest, ServiceRecord
 from xdplb.model import BackendKey, Config
@@ -23,6 +25,8 @@ from xdplb.paths import Instance, make_directory, state_directory
 from xdplb.plan import Applied, AppliedService, BackendEntry, CapacityExceeded
 
 log = logging.getLogger(__name__)
+
+_GROWTHS = 3
 
 
 def hash_key(config: Config) -> HashKey:
@@ -58,21 +62,25 @@ class Generations:
         self._instance = instance
         self._key = key
         self._tx_by_redirect = tx_by_redirect
+        self._left_behind: Manifest | None = None
 
     def features(self, config: Config) -> Features:
-        return specialise.features(config, self._tx_by_redirect)
+        return specialise.features(config, self._tx_by_redirect, clock().flow_times(config.flow_cache))
 
     def pins(self, geometry: Geometry) -> Path:
         return self._instance.pins / bundle.abi_hash(geometry, self._key)
 
     async def first(self, config: Config, statuses: Statuses, notes: Manifest | None) -> Engine:
-        """The engine to start with: on the maps that an earlier daemon left where they fit, on new ones elsewhere."""
-        if notes is not None and (geometry := self._adoptable(notes)) and specialise.fits(config, geometry):
+        """The engine to start with: on the maps that an earlier daemon left where this version can, on new ones
+        elsewhere.
+        """
+        if notes is not None and (geometry := self._adoptable(notes)):
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
             return Engine(plane, self._key, config, statuses, _applied(plane, notes), _retired(notes))
         if notes is not None:
-            log.info("the maps that are there do not fit this version or configuration: building new ones beside them")
+            log.info("the maps that are there are of another version or hash key: building new ones beside them")
+        self._left_behind = notes
         plane = await self._open_new(self.features(config), specialise.geometry(config))
         return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
 
@@ -87,29 +95,49 @@ class Generations:
         """An engine whose programs and maps suit `config`: the same one where they do already."""
         features = self.features(config)
         if not specialise.fits(config, engine.plane.geometry):
-            return await self.larger(engine, config)
+            return await self._larger(engine, config)
         if features == engine.plane.features:
             return engine
         plane = await self._open(features, engine.plane.geometry)
         return Engine(plane, self._key, engine.config, engine.statuses, engine.applied, engine.retired)
 
-    async def larger(self, engine: Engine, config: Config) -> Engine:
-        """New maps that hold `config`, filled with what is in force now, counters included. Nothing is attached yet."""
+    async def roomy(self, engine: Engine, config: Config) -> Engine:
+        """The same engine where `config` can be applied to its maps, one with larger maps where it cannot.
+
+        Maps that fit by numbers may still not do: free slots lie scattered, or addresses get in each other's way.
+        """
+        if not specialise.fits(config, engine.plane.geometry):
+            engine = await self._larger(engine, config)
+        for _ in range(_GROWTHS):
+            try:
+                engine.rehearse(config)
+                return engine
+            except CapacityExceeded as error:
+                log.info("the maps have no room for %s: making them larger", error)
+                engine = await self._larger(engine, config)
+        engine.rehearse(config)
+        return engine
+
+    async def _larger(self, engine: Engine, config: Config) -> Engine:
+        """New maps that hold `config` and all that the present ones hold. Nothing is attached yet."""
         old, wanted = engine.plane.geometry, specialise.geometry(config)
-        geometry = Geometry(
-            services=wanted.services,
-            backends=max(old.backends, wanted.backends),
-            slots=max(old.slots, wanted.slots),
-            address_buckets=max(old.address_buckets, wanted.address_buckets),
-            intervals=max(old.intervals, wanted.intervals),
-        )
+        geometry = Geometry(**{name: max(getattr(old, name), getattr(wanted, name)) for name in Geometry.__slots__})
+        geometry = replace(geometry, flow_sets=wanted.flow_sets)
         if geometry == old:
-            raise CapacityExceeded("the largest maps")
-        plane = await self._open_new(self.features(config), geometry)
-        grown = Engine(plane, self._key, engine.config, engine.statuses, Applied(geometry), engine.retired)
-        grown.apply_all()
-        move_counters(engine, grown)
-        return grown
+            geometry = replace(old, slots=2 * old.slots, address_buckets=2 * old.address_buckets)
+        pins = self.pins(geometry)
+        remove_pins(pins)
+        ensure_bpffs(pins)
+        for name in SHARED_MAPS:
+            if name not in FLOW_MAPS or geometry.flow_sets == old.flow_sets:
+                bpfsys.pin(engine.plane.fd(name), pins / name)
+        return engine.moved_to(await self._open(self.features(config), geometry))
+
+    def carry_counters(self, engine: Engine) -> None:
+        """Brings over what maps counted that could not be taken over."""
+        if self._left_behind is not None:
+            carry_counters(self._left_behind, engine)
+            self._left_behind = None
 
     def forget_others(self, engine: Engine) -> None:
         """Removes the pins of all other generations, those of an interrupted change included."""
@@ -192,7 +220,8 @@ def _applied(plane: Dataplane, notes: Manifest) -> Applied:
     """What an earlier daemon had applied. Slots are read from the map itself; entries are all written anew."""
     applied = Applied(plane.geometry)
     for name, record in notes.services.items():
-        table = np.array(plane.slots[record.first_slot : record.first_slot + record.slot_count])
+        words = plane.slots[record.first_slot : record.first_slot + record.slot_count]
+        table = words & np.uint32(SLOT_BACKEND)
         applied.services[name] = AppliedService(record.id, record.first_slot, table)
         for backend, id_ in record.backends.items():
             applied.backends[BackendKey(name, backend)] = (id_, BackendEntry.unknown())

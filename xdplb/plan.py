@@ -8,7 +8,7 @@ cut short at any point is made good by planning again from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
 from typing import Generic, TypeVar
 
@@ -19,7 +19,7 @@ from xdplb import abi, maglev
 from xdplb.abi import BackendFlag, ForwardCode, ServiceFlag
 from xdplb.desired import DesiredBackend, DesiredService, reply_ports
 from xdplb.endpoints import Claim
-from xdplb.model import Address, BackendKey, Forward, OnAllDown, Scheduler
+from xdplb.model import Address, BackendKey, FlowMemory, Forward, OnAllDown, Scheduler, Service
 
 SlotIds = NDArray[np.uint32]
 _Name = TypeVar("_Name")
@@ -72,9 +72,12 @@ class PutBackend:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PutSlots:
+    """`origin` is where the service's slots were before, first and number; None for a new service."""
+
     service: str
     first: int
     table: SlotIds
+    origin: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +129,16 @@ class Applied:
     backends: dict[BackendKey, tuple[int, BackendEntry]] = field(default_factory=dict)
     published: Publish = Publish((), ())
 
+    def copy(self) -> Applied:
+        services = {name: replace(service) for name, service in self.services.items()}
+        return Applied(self.geometry, services, dict(self.backends), self.published)
+
     def advance(self, operation: Operation) -> None:
         """Takes note of an operation that was carried out."""
         match operation:
             case PutBackend(key, id_, entry):
                 self.backends[key] = (id_, entry)
-            case PutSlots(name, first, table):
+            case PutSlots(name, first, table, _):
                 known = self.services.get(name)
                 if known is None:
                     self.services[name] = AppliedService(0, first, table)
@@ -224,14 +231,16 @@ class Planner:
         size = maglev.table_size(len(members))
         known = self.applied.services.get(name)
         if known is None:
-            yield PutSlots(name, self._room(name, size), maglev.build(members, size))
-        elif len(known.table) != size:
+            yield PutSlots(name, self._room(name, size), maglev.build(members, size), None)
+            return
+        origin = known.first, len(known.table)
+        if size > len(known.table):
             table = maglev.repair(maglev.resize(known.table, size), members)
-            yield PutSlots(name, self._room(name, size), table)
-        else:
-            table = maglev.repair(known.table, members)
-            if not np.array_equal(table, known.table):
-                yield PutSlots(name, known.first, table)
+            yield PutSlots(name, self._room(name, size), table, origin)
+            return
+        table = maglev.repair(known.table, members)
+        if not np.array_equal(table, known.table):
+            yield PutSlots(name, known.first, table, origin)
 
     def _room(self, name: str, size: int) -> int:
         """The first gap of `size` slots, aligned to its size. Slots freed since are looked for when none is left."""
@@ -281,7 +290,7 @@ class Planner:
             port=service.listen.first_port if service.listen.single_port else 0,
             gue_port=service.gue_port,
             forward=ForwardCode[service.forward.name],
-            flags=ServiceFlag.REJECT if service.on_all_down is OnAllDown.REJECT else ServiceFlag(0),
+            flags=_service_flags(service),
         )
 
     def _backend_entry(self, desired: DesiredService, backend: DesiredBackend, service_id: int) -> BackendEntry:
@@ -292,6 +301,8 @@ class Planner:
             flags |= BackendFlag.IPV6
         if backend.shared:
             flags |= BackendFlag.SHARED
+        if backend.keeps:
+            flags |= BackendFlag.KEEP
         address, port, way = backend.config.address, backend.config.port or 0, backend.way
         if way is None:
             return BackendEntry(address, service_id, port, flags)
@@ -329,6 +340,15 @@ class Planner:
                 target = self.applied.backends[key][0]
                 replying.append(Claim(backend.config.address, listen.protocol, first, last, target))
         return Publish(tuple(listening), tuple(replying))
+
+
+def _service_flags(service: Service) -> ServiceFlag:
+    flags = ServiceFlag(0)
+    if service.on_all_down is OnAllDown.REJECT:
+        flags |= ServiceFlag.REJECT
+    if service.flows is FlowMemory.NONE:
+        flags |= ServiceFlag.STATELESS
+    return flags
 
 
 class _Ids(Generic[_Name]):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from xdplb import abi, maglev
-from xdplb.abi import Features, Geometry
+from xdplb.abi import Features, FlowTimes, Geometry
 from xdplb.endpoints import address_buckets_for, intervals_for
 from xdplb.model import Config, Forward
 
+NO_TIMES = FlowTimes()
+FLOWS_PER_SET = 8
 _MIN_BACKENDS = 1024
 _MIN_SLOTS = 1 << 17
 
 
-def features(config: Config, tx_by_redirect: bool) -> Features:
+def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) -> Features:
     """Stages, families and modes that some service needs. Without services: those of the smallest program."""
     modes = {service.forward for service in config.services}
     listening = {service.listen.address.version for service in config.services}
@@ -31,6 +33,7 @@ def features(config: Config, tx_by_redirect: bool) -> Features:
         outer_ipv4=4 in outer,
         outer_ipv6=6 in outer,
         tx_by_redirect=tx_by_redirect,
+        times=times,
     )
 
 
@@ -46,6 +49,7 @@ def geometry(config: Config) -> Geometry:
         slots=max(_power_of_two(2 * slots), _MIN_SLOTS),
         address_buckets=address_buckets_for(2 * len(addresses)),
         intervals=intervals_for(2 * (len(config.services) + backends)),
+        flow_sets=_power_of_two(config.flow_cache.capacity // FLOWS_PER_SET),
     )
 
 
@@ -60,6 +64,7 @@ def fits(config: Config, current: Geometry) -> bool:
         and needed.slots <= current.slots
         and needed.address_buckets <= current.address_buckets
         and needed.intervals <= current.intervals
+        and needed.flow_sets == current.flow_sets
     )
 
 

@@ -40,14 +40,17 @@ class Steering:
             self._steers[key] = Steer(admin, weight, fingerprint(backend))
         self._write()
 
-    def follow(self, config: Config) -> list[tuple[BackendKey, Steer]]:
-        """The steers that still hold under `config`; the others are forgotten."""
+    def held(self, config: Config) -> dict[BackendKey, Steer]:
+        """The steers that hold under `config`: not those of backends that the file changed since."""
         backends = {BackendKey(s.name, b.name): b for s in config.services for b in s.backends}
-        held = {k: s for k, s in self._steers.items() if k in backends and fingerprint(backends[k]) == s.written}
+        return {k: s for k, s in self._steers.items() if k in backends and fingerprint(backends[k]) == s.written}
+
+    def forget_others(self, config: Config) -> None:
+        """Forgets those that do not hold under `config`, which is in force now."""
+        held = self.held(config)
         if held != self._steers:
             self._steers = held
             self._write()
-        return list(held.items())
 
     def _read(self) -> None:
         try:

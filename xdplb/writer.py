@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from xdplb import endpoints
+import numpy as np
+
+from xdplb import endpoints, flows
 from xdplb.bundle import HashKey
+from xdplb.clock import Clock
 from xdplb.codec import Value, network_order
 from xdplb.dataplane import Dataplane
-from xdplb.endpoints import address_words
+from xdplb.endpoints import Endpoints, address_words
 from xdplb.plan import (
     BackendEntry,
     CapacityExceeded,
@@ -24,19 +27,23 @@ _NO_ADDRESS = (0, 0)
 
 
 class MapWriter:
-    """Each operation is complete when `apply` returns: the next packet sees it."""
+    """Each operation is complete when `apply` returns: the next packet sees it. For `window` ticks a slot that changed
+    hands gives unknown flows to its previous backend.
+    """
 
-    def __init__(self, plane: Dataplane, key: HashKey) -> None:
+    def __init__(self, plane: Dataplane, key: HashKey, clock: Clock, window: int) -> None:
         self._plane = plane
         self._key = key
+        self._clock = clock
+        self._window = window
 
     def apply(self, operation: Operation) -> None:
         plane = self._plane
         match operation:
             case PutBackend(_, id_, entry):
                 plane.backends.write(id_, plane.backends.codec.encode(_backend_fields(entry)))
-            case PutSlots(_, first, table):
-                plane.slots[first : first + len(table)] = table
+            case PutSlots():
+                self._put_slots(operation)
             case PutService(_, id_, entry):
                 plane.services.write(id_, plane.services.codec.encode(_service_fields(entry)))
             case Publish():
@@ -46,24 +53,50 @@ class MapWriter:
             case ClearBackend(_, id_):
                 plane.backends.write(id_, bytes(plane.backends.codec.size))
                 plane.direct_seen[id_] = 0
+                self._forget(id_)
 
-    def _publish(self, publish: Publish) -> None:
-        """Fills the half of the address table that no packet looks at, then turns the packets to it."""
+    def _put_slots(self, put: PutSlots) -> None:
+        """Slots that change hands are in transition from this moment on; a table that moves takes its transitions
+        along.
+        """
+        plane, table = self._plane, put.table
+        here = slice(put.first, put.first + len(table))
+        if put.origin is None:
+            plane.slots[here] = table
+            return
+        first, size = put.origin
+        old = first + np.arange(len(table)) % size
+        words, transitions = flows.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, self._window)
+        plane.transitions[here] = transitions
+        plane.slots[here] = words
+
+    def _forget(self, backend: int) -> None:
+        """Flows and slots must not mean another backend that gets this id later."""
+        words = self._plane.flow_words
+        for index in np.flatnonzero((words >> np.uint64(14) & np.uint64(0x3FFFF)) == backend):
+            words[index] = 0
+        self._plane.transitions["previous"][self._plane.transitions["previous"] == backend] = 0
+
+    def build(self, publish: Publish) -> Endpoints:
+        """The address table for the half that no packet looks at. CapacityExceeded where it has no room."""
         plane = self._plane
-        half = 1 - plane.half
         try:
-            tables = endpoints.build(
+            return endpoints.build(
                 publish.services,
                 publish.replies,
                 plane.geometry,
                 self._key,
-                half,
+                1 - plane.half,
                 bucket_dtype=plane.addresses.dtype,
                 interval_dtype=plane.intervals.dtype,
             )
         except endpoints.TableFull as error:
             raise CapacityExceeded(str(error)) from error
-        buckets, intervals = plane.geometry.address_buckets, plane.geometry.intervals
+
+    def _publish(self, publish: Publish) -> None:
+        """Fills that half, then turns the packets to it."""
+        plane, tables = self._plane, self.build(publish)
+        half, buckets, intervals = 1 - plane.half, plane.geometry.address_buckets, plane.geometry.intervals
         plane.intervals[half * intervals :][: len(tables.intervals)] = tables.intervals
         plane.addresses[half * buckets :][:buckets] = tables.buckets
         plane.publish(half)
