@@ -40,6 +40,7 @@ class Commands:
         return {"services": [self._service(service) for service in services]}
 
     def _service(self, service: Service) -> JSON:
+        remembered = self._daemon.engine.remembered()
         desired = {backend.config.name: backend for backend in self._daemon.engine.desired(service).backends}
         backends: list[JSON] = []
         for backend in service.backends:
@@ -55,6 +56,7 @@ class Commands:
                     "weight": backend.weight if status.weight is None else status.weight,
                     "effective_weight": desired[backend.name].weight,
                     "active_flows": None,
+                    "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
                     "reachable": status.way is not None,
@@ -86,7 +88,7 @@ class Commands:
         return {
             "changes": list(changes(self._daemon.config, config)),
             "services": [{"name": name, "slots_moved_percent": round(share, 2)} for name, share in moves.items()],
-            "flows_broken": None,
+            "flows_broken": 0,
         }
 
     async def _backend(self, request: Request) -> JSON:
@@ -136,7 +138,7 @@ def changes(old: Config, new: Config) -> Iterator[JSON]:
 
 
 def _service_changes(old: Service, new: Service) -> Iterator[JSON]:
-    for name in ("listen", "forward", "scheduler", "check", "on_all_down", "gue_port"):
+    for name in ("listen", "forward", "scheduler", "check", "on_all_down", "gue_port", "on_down", "flows"):
         if getattr(old, name) != getattr(new, name):
             detail = (
                 f"{name} {_shown(getattr(old, name))} -> {_shown(getattr(new, name))}" if name != "check" else "check"

@@ -12,40 +12,37 @@ import asyncio
 import logging
 import resource
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from xdplb import config as configuration
-from xdplb import gateway, generations, health, manifest, notify
+from xdplb import gateway, generations, manifest, notify
 from xdplb.commands import Commands
 from xdplb.control import JSON, ControlServer, call
-from xdplb.desired import BackendStatus, Way
+from xdplb.desired import keeps_flows
 from xdplb.engine import Engine, Statuses
 from xdplb.errors import DaemonUnreachable, NotCapable, XdplbError
 from xdplb.gateway import Gateway
-from xdplb.health import CheckResult, Health
+from xdplb.health import Health
 from xdplb.links import Links
 from xdplb.lock import locked
 from xdplb.logs import log_to_stderr
 from xdplb.manifest import Manifest
-from xdplb.model import Address, Admin, AttachMode, BackendKey, Config, HealthState
-from xdplb.nexthop_watcher import NextHopWatcher
-from xdplb.nexthops import LinkEvent, NextHop, NextHopState
+from xdplb.model import AttachMode, BackendKey, Config
+from xdplb.nexthops import LinkEvent
 from xdplb.paths import Instance, state_directory
 from xdplb.plan import CapacityExceeded
-from xdplb.probes import Prober, Target
 from xdplb.steering import Steering
+from xdplb.watch import Watch
 
 log = logging.getLogger(__name__)
 
 STOPPING_S = 10.0
 """How long `down` waits for a daemon that was told to stop."""
 
-FIRST_VERDICTS_S = 5.0
-"""How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
+SETTLE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +136,11 @@ class Daemon:
         self.options = options
         self.config = options.config
         self.instance = options.instance
-        self.health: dict[BackendKey, Health] = {}
-        self.statuses = Statuses()
         self.steering = Steering(state_directory() / f"{self.instance.name}.steering.json")
         self.engine: Engine
         self._links = links
-        self._prober = Prober(self._on_result, self._next_interval)
-        self._watcher = NextHopWatcher(links, self._on_next_hop, self._on_trouble, self._on_link)
+        self._watch = Watch(links, self.steering, self._on_change, self._on_link)
         self._dirty: set[str] = set()
-        self._by_address: dict[Address, list[BackendKey]] = {}
-        self._verdicts = asyncio.Event()
         self._stop = asyncio.Event()
         self._reloading = asyncio.Lock()
 
@@ -164,7 +156,7 @@ class Daemon:
         tx_by_redirect = any(interface.kind == "veth" for interface in self._interfaces)
         self._generations = generations.Generations(instance, generations.hash_key(self.config), tx_by_redirect)
         async with asyncio.TaskGroup() as tasks:
-            tending = [tasks.create_task(self._watcher.run()), tasks.create_task(self._prober.run())]
+            tending = [tasks.create_task(self._watch.run()), tasks.create_task(self._settle())]
             self._handle_signals(tasks)
             try:
                 if await self._unless_stopped(tasks.create_task(self._start(left))):
@@ -188,13 +180,14 @@ class Daemon:
 
     async def _start(self, left: Manifest | None) -> None:
         async with self._reloading:
-            self._follow(self.config, left)
-            self.engine, _ = await asyncio.gather(
-                self._generations.first(self.config, self.statuses, left), self._first_verdicts(self.config)
+            self._watch.follow(self.config, left)
+            engine, _ = await asyncio.gather(
+                self._generations.first(self.config, self.statuses, left), self._watch.first_verdicts(self.config)
             )
+            self.engine = await self._generations.roomy(engine, self.config)
             self.engine.apply_all()
-            if left is not None:
-                generations.carry_counters(left, self.engine)
+            self._generations.carry_counters(self.engine)
+            self.steering.forget_others(self.config)
             self._save()
             self._gateway.prepare(self.config)
             await self._attach(self.engine)
@@ -216,26 +209,22 @@ class Daemon:
     async def reload(self, config: Config) -> None:
         """From the configuration in force to `config`. XdplbError leaves the one in force as it was."""
         async with self._reloading:
-            before, health_before = self.config, dict(self.health)
-            self._watch(_backends(before) | _backends(config), config)
-            await self._first_verdicts(config)
+            before, health_before = self.config, await self._watch.look_ahead(config)
             try:
                 await self._change_generation(config)
-                self._follow(config, None)
-                self.engine.adopt_config(config)
-                self.engine.apply_all()
             except (CapacityExceeded, XdplbError) as error:
-                self._watch(_backends(before), before)
-                self.health.update(health_before)
-                self._follow(before, None)
-                self.engine.adopt_config(before)
-                self.engine.apply_all()
+                self._watch.look_back(before, health_before)
                 if isinstance(error, XdplbError):
                     raise
                 raise NotCapable(
                     f"the maps cannot be made large enough for {error}", "split it over two gateways"
                 ) from None
+            self._watch.follow(config)
+            self.engine.adopt_config(config)
+            self.engine.apply_all()
             self.config = config
+            self.steering.forget_others(config)
+            self._save()
             self._gateway.prepare(config)
             await self._gateway.add_addresses(config)
             await self._gateway.remove_addresses(config)
@@ -244,7 +233,8 @@ class Daemon:
 
     async def _change_generation(self, config: Config) -> None:
         """Programs and maps that suit `config`, attached in place of the present ones where those do not."""
-        old, new = self.engine, await self._generations.next(self.engine, config)
+        old = self.engine
+        new = await self._generations.roomy(await self._generations.next(old, config), config)
         if new is old:
             return
         moved = new.plane.pins != old.plane.pins
@@ -263,97 +253,17 @@ class Daemon:
             old.plane.unpin()
         old.plane.close()
 
-    def _follow(self, config: Config, left: Manifest | None) -> None:
-        """Statuses and watches for exactly the backends of `config`; `left`: what an earlier daemon knew of their
-        health.
-        """
-        self.statuses.follow(config)
-        self._watch(_backends(config), config)
-        steers = dict(self.steering.follow(config))
-        for key in list(self.health):
-            if key not in self._targets:
-                del self.health[key]
-        for key in self._targets:
-            known = self.health[key]
-            if left is not None and str(key) in left.health and known.state is HealthState.UNKNOWN:
-                state, reason, since = left.health[str(key)]
-                known = self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
-            way = _way(self._watcher.records.get(self._targets[key].address))
-            steer = steers.get(key)
-            admin, weight = (steer.admin, steer.weight) if steer else (Admin.ACTIVE, None)
-            self.statuses.set(key, BackendStatus(known.state, admin, weight, way))
-
-    def _watch(self, targets: dict[BackendKey, Target], config: Config) -> None:
-        """Checks and neighbour resolution for these backends. One whose endpoint or check changed starts anew as
-        unknown.
-        """
-        before = getattr(self, "_targets", {})
-        self._targets = targets
-        self._by_address = {}
-        for key, target in targets.items():
-            self._by_address.setdefault(target.address, []).append(key)
-            if key not in self.health or (key in before and before[key] != target):
-                self.health[key] = health.initial(target.check, time.time())
-        self._watcher.set_addresses(self._by_address)
-        self._prober.set_targets(targets.values())
-
-    async def _first_verdicts(self, config: Config) -> None:
-        """Until each backend's health and way are known, or for so long that somebody must be dead."""
-        try:
-            async with asyncio.timeout(FIRST_VERDICTS_S):
-                while any(self._is_open(key, target) for key, target in _backends(config).items()):
-                    self._verdicts.clear()
-                    await self._verdicts.wait()
-        except TimeoutError:
-            waiting = [str(k) for k, t in _backends(config).items() if self._is_open(k, t)]
-            log.warning("no verdict yet on %s", ", ".join(waiting[:5]) + (", ..." if len(waiting) > 5 else ""))
-
-    def _is_open(self, key: BackendKey, target: Target) -> bool:
-        record = self._watcher.records.get(target.address)
-        if self.health[key].state is HealthState.UNKNOWN:
-            return True
-        return self.health[key].state is HealthState.UP and (record is None or record.state is NextHopState.RESOLVING)
-
-    def _on_result(self, key: BackendKey, result: CheckResult) -> None:
-        before = self.health[key]
-        now = self.health[key] = health.observe(before, result, self._targets[key].check, time.time())
-        if now.state is before.state:
-            return
-        self._verdicts.set()
-        log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.reason)
-        self._change(key, health=now.state)
-
-    def _next_interval(self, key: BackendKey) -> float:
-        return health.next_interval_s(self.health[key], self._targets[key].check)
-
-    def _on_next_hop(self, record: NextHop) -> None:
-        self._verdicts.set()
-        if record.state is NextHopState.LOCAL:
-            log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
-        for key in self._by_address.get(record.address, ()):
-            self._change(key, way=_way(record))
-
-    def _on_trouble(self, address: Address, reason: str) -> None:
-        log.warning("%s: %s; checking it now", address, reason)
-        self._prober.burst(address)
-
     def _on_link(self, event: LinkEvent) -> None:
         if event.deleted and event.interface.index in {interface.index for interface in self._interfaces}:
             raise NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
 
-    def _change(self, key: BackendKey, **changes: HealthState | Way | None) -> None:
-        """A backend's status changed: its flag is written now, the slots when this turn of the event loop is over."""
+    def _on_change(self, key: BackendKey) -> None:
+        """A backend that cannot serve loses its flag now; slots follow when this turn of the event loop is over."""
         engine: Engine | None = getattr(self, "engine", None)
-        known = self.statuses.by_service.get(key.service, {}).get(key.backend)
-        if known is None:
-            return
-        status: BackendStatus = replace(known, **changes)  # type: ignore[arg-type]
-        if status == known:
-            return
-        self.statuses.set(key, status)
         if engine is None:
             return
-        engine.apply_flags(key.service)
+        if not keeps_flows(self.statuses.get(key)):
+            engine.withdraw(key)
         if not self._dirty:
             asyncio.get_running_loop().call_soon(self._repair)
         self._dirty.add(key.service)
@@ -363,6 +273,21 @@ class Daemon:
         for service in dirty & self.statuses.by_service.keys():
             self.engine.apply_service(service)
         self._save()
+
+    async def _settle(self) -> None:
+        """Takes slots out of transition in time: what is settled costs less and remembers nothing."""
+        while True:
+            await asyncio.sleep(SETTLE_EVERY_S)
+            if self.serving:
+                self.engine.settle()
+
+    @property
+    def health(self) -> Mapping[BackendKey, Health]:
+        return self._watch.health
+
+    @property
+    def statuses(self) -> Statuses:
+        return self._watch.statuses
 
     def steer(self, key: BackendKey) -> None:
         """Applies an operator's change of `key`'s administrative state or weight."""
@@ -402,22 +327,3 @@ class Daemon:
             await self.reload(await self.reload_file())
         except XdplbError as error:
             log.error("not reloaded, the configuration in force stays: %s", error.message)
-
-
-def _backends(config: Config) -> dict[BackendKey, Target]:
-    targets = {}
-    for service in config.services:
-        for backend in service.backends:
-            key = BackendKey(service.name, backend.name)
-            port = service.check.port or backend.port or service.listen.first_port
-            targets[key] = Target(key, backend.address, port, service.check, service.check.host)
-    return targets
-
-
-def _way(record: NextHop | None) -> Way | None:
-    """The way there, where frames can be sent: a neighbour that failed takes none."""
-    if record is None or record.dest_mac is None:
-        return None
-    if record.state not in (NextHopState.REACHABLE, NextHopState.RESOLVING):
-        return None
-    return Way(record.ifindex, record.source_mac, record.dest_mac, record.source_address, record.mtu)
