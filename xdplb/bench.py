@@ -14,17 +14,19 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from xdplb import benchtables, bpfsys, bundle, config, dataplane, paths, specialise
-from xdplb.abi import defines
+from xdplb.abi import SLOT_IN_TRANSITION, FlowTimes, defines
 from xdplb.bundle import HashKey
+from xdplb.clock import clock
 from xdplb.dataplane import Dataplane
 from xdplb.desired import BackendStatus, Way
 from xdplb.engine import Engine, Retired, Statuses
@@ -37,11 +39,15 @@ WARM_UP = 3_000_000
 """Packets before the first round: enough for each of a million flows to have been there."""
 
 FLOWS = {"1": 1, "64k": 1 << 16, "1m": 1 << 20}
+_HALF_A_MILLION = 1 << 19
 _MODES = ("ipip", "nat", "dsr")
+_CHANGED = {"changed-64k": 1 << 14, "changed-512k": 1 << 17, "changed-full": 1 << 13}
+"""Services all of whose slots are in transition, by the sets of their flow cache: half full with 64k and 512k flows,
+and full with 64k, so that of a million flows nearly each has to be remembered anew."""
 _BACKENDS = 50
 _HEADERS = 80
 _FRAME = 128
-_TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, "conventional")
+_TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, *_CHANGED, "conventional")
 _SYN, _ACK = 0x02, 0x10
 _SERVICE4, _SERVICE6, _ELSEWHERE = "203.0.113.1", "2001:db8::1", "198.51.100.1"
 
@@ -75,7 +81,12 @@ def cases() -> list[Case]:
         Case("other-1m", "ipip", elsewhere, many),
         Case("other-nat-1m", "nat", elsewhere, many),
     ]
-    for name, flows in FLOWS.items():
+    found += [
+        Case("tcp4-ipip-recalled-64k", "changed-64k", established, FLOWS["64k"]),
+        Case("tcp4-ipip-recalled-512k", "changed-512k", established, _HALF_A_MILLION),
+        Case("tcp4-ipip-remembered-64k", "changed-full", established, many),
+    ]
+    for name, flows in {**FLOWS, "512k": _HALF_A_MILLION}.items():
         found.append(Case(f"conventional-ipip-established-{name}", "conventional", established, flows))
     return [*found, Case("conventional-ipip-syn-1m", "conventional", syn, many)]
 
@@ -137,7 +148,13 @@ class Bench:
         key = HashKey.derive("bench")
         programs = {}
         for mode in _MODES:
-            programs[mode] = self._load_mode(mode, key, pins / mode)
+            programs[mode] = self._load_mode(mode, key, pins / mode).program_fd
+        for name, sets in _CHANGED.items():
+            plane = self._load_mode("ipip", key, pins / name, sets)
+            plane.transitions["previous"] = 1
+            plane.transitions["deadline"] = clock().tick + 100_000
+            plane.slots |= np.uint32(SLOT_IN_TRANSITION)
+            programs[name] = plane.program_fd
         functions = {
             "empty": "bench_empty",
             "mac-swap": "bench_mac_swap",
@@ -152,13 +169,14 @@ class Bench:
         for index, name in enumerate(_TARGETS):
             self._update("targets", index, programs[name].to_bytes(4, "little"))
 
-    def _load_mode(self, mode: str, key: HashKey, pins: Path) -> int:
+    def _load_mode(self, mode: str, key: HashKey, pins: Path, flow_sets: int = 1 << 15) -> Dataplane:
         configuration = _configuration(mode)
-        features = specialise.features(configuration, tx_by_redirect=False)
-        plane = dataplane.open_dataplane(features, specialise.geometry(configuration), key, pins)
+        features = replace(specialise.features(configuration, False), times=FlowTimes(budget=1 << 30))
+        geometry = replace(specialise.geometry(configuration), flow_sets=flow_sets)
+        plane = dataplane.open_dataplane(features, geometry, key, pins)
         _fill(plane, key, configuration)
         self._kept.append(plane)
-        return plane.program_fd
+        return plane
 
     def _load_conventional(self, key: HashKey, pins: Path) -> int:
         """On the very maps of the ipip case."""

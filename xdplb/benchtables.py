@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
@@ -62,7 +63,7 @@ def _on_maps(rounds: int) -> list[dict[str, Any]]:
         for number in range(rounds):
             key = BackendKey("s0", f"b{number}")
             engine.update(key, replace(engine.statuses.get(key), health=HealthState.DOWN))
-            flags.append(_milliseconds(lambda: engine.apply_flags("s0")))
+            flags.append(_milliseconds(partial(engine.withdraw, key)))
             whole.append(flags[-1] + _milliseconds(lambda: engine.apply_service("s0")))
     with _engine(_configuration(_MANY, _EACH)) as engine:
         up = _milliseconds(engine.apply_all)

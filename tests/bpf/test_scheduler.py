@@ -154,7 +154,7 @@ def test_backends_that_go_down_lose_their_flows_at_once_and_nobody_else_loses_an
     try:
         for victim in victims:
             world.set_health(name, victim, False)
-        world.engine.apply_flags(name)
+            world.engine.withdraw(BackendKey(name, victim))
         assert world.table(name) == table
         up = up_ids(world, name)
         assert len(up) == len(service.backends) - down
@@ -182,7 +182,7 @@ def test_a_service_whose_last_backend_goes_down_rejects_at_once(world: World) ->
     packet = frame(tcp("S", seq=1)(mode.flow("tcp")))
     try:
         world.set_health(name, "a", False)
-        world.engine.apply_flags(name)
+        world.engine.withdraw(BackendKey(name, "a"))
         before = world.counters()
         verdict, out = world.run(packet)
         after = world.counters()

@@ -86,6 +86,7 @@ class Maps:
     def __init__(self, geometry: Geometry) -> None:
         self.backends: dict[int, tuple[BackendKey, BackendEntry]] = {}
         self.slots = np.zeros(geometry.slots, np.uint32)
+        self.places: dict[str, tuple[int, int]] = {}
         self.services: dict[int, tuple[str, ServiceEntry]] = {}
         self.published = Publish((), ())
 
@@ -95,8 +96,11 @@ class Maps:
                 assert id_ > 0
                 assert self.backends.get(id_, (key,))[0] == key, "a live backend's id was given to another"
                 self.backends[id_] = (key, entry)
-            case PutSlots(_, first, table):
+            case PutSlots(name, first, table, origin):
                 assert first + len(table) <= len(self.slots)
+                assert origin == self.places.get(name), "what moves to another backend is told from where it was"
+                assert origin is None or len(table) >= origin[1], "half a table would move half of its flows"
+                self.places[name] = first, len(table)
                 self.slots[first : first + len(table)] = table
             case PutService(name, id_, service):
                 assert id_ > 0
@@ -106,6 +110,7 @@ class Maps:
                 self.published = operation
             case ClearService(name, id_):
                 assert self.services.pop(id_, (name,))[0] == name
+                del self.places[name]
             case ClearBackend(key, id_):
                 assert self.backends.pop(id_)[0] == key
 
@@ -150,7 +155,8 @@ class Machine:
         """Entries and tables are values; what holds them is copied."""
         twin = Machine(self.applied.geometry)
         twin.maps.backends, twin.maps.services = dict(self.maps.backends), dict(self.maps.services)
-        twin.maps.slots, twin.maps.published = self.maps.slots.copy(), self.maps.published
+        twin.maps.slots, twin.maps.places = self.maps.slots.copy(), dict(self.maps.places)
+        twin.maps.published = self.maps.published
         twin.applied.services = {name: replace(service) for name, service in self.applied.services.items()}
         twin.applied.backends, twin.applied.published = dict(self.applied.backends), self.applied.published
         return twin
@@ -184,7 +190,9 @@ class Machine:
         assert seen.listening == listening(world)
         for service in world.desired:
             name = service.config.name
-            assert Counter(seen.slots[name]) == quotas(service)
+            size = len(seen.slots[name])
+            assert size >= maglev.table_size(len(service.backends))
+            assert Counter(seen.slots[name]) == quotas(service, size)
             for backend in service.backends:
                 owner, entry = seen.backends[BackendKey(name, backend.config.name)]
                 assert owner == name
@@ -197,10 +205,9 @@ def listening(world: World) -> set[tuple[str, Claim]]:
     return {(n, Claim(at.address, at.protocol, at.first_port, at.last_port, 1)) for n, at in listens}
 
 
-def quotas(service: DesiredService) -> Counter[BackendKey | None]:
-    """How many slots each backend is due."""
+def quotas(service: DesiredService, size: int) -> Counter[BackendKey | None]:
+    """How many of `size` slots each backend is due."""
     ordered = sorted(service.backends, key=lambda b: b.config.label(service.config.listen))
-    size = maglev.table_size(len(ordered))
     due = maglev.quotas([b.weight for b in ordered], size)
     keys = [BackendKey(service.config.name, b.config.name) for b in ordered]
     counted: Counter[BackendKey | None] = Counter({k: int(q) for k, q in zip(keys, due, strict=True) if q})

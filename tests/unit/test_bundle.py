@@ -11,8 +11,10 @@ import pytest
 from xdplb import abi, bundle
 
 GEOMETRY = abi.Geometry(services=16, backends=64, slots=4096, address_buckets=64, intervals=1024)
-FEATURES = abi.Features(*[True] * len(fields(abi.Features)))
+FEATURES = abi.Features(*[True] * 9)
 KEY = bundle.HashKey.derive("secret")
+PREFIXES = ("HAVE_", "OUTER_IP", "FORWARD_", "SERVICE_", "BACKEND_", "STAGE_", "ANSWER_", "HASH_")
+FLOW_PREFIXES = ("FLOW_", "SLOT_", "TICK_", "TIMEOUT_")
 
 
 def blocks(text: str) -> dict[str, dict[int, str]]:
@@ -87,7 +89,7 @@ def test_every_constant_that_the_sources_use_is_defined() -> None:
     text = bundle.program_source()
     flags = bundle.compiler_flags(abi.defines(FEATURES, GEOMETRY), KEY, Path("/pins"))
     given = {flag[2:].split("=")[0].split("(")[0] for flag in flags if flag.startswith("-D")}
-    for prefix in ("HAVE_", "OUTER_IP", "FORWARD_", "SERVICE_", "BACKEND_", "STAGE_", "ANSWER_", "HASH_"):
+    for prefix in (*PREFIXES, *FLOW_PREFIXES):
         used = set(re.findall(rf"\b{prefix}[A-Z0-9_]+\b", text))
         enumerators = set(re.findall(r"\b([A-Z0-9_]+) = \d+", abi.enums()))
         defined = set(re.findall(r"#define ([A-Z0-9_]+)", text))

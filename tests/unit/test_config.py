@@ -14,7 +14,21 @@ from hypothesis import strategies as st
 
 from xdplb import config, configvalues
 from xdplb.errors import ConfigError
-from xdplb.model import Backend, Check, CheckType, Config, Forward, Listen, OnAllDown, Protocol, Scheduler, Service
+from xdplb.model import (
+    Backend,
+    Check,
+    CheckType,
+    Config,
+    FlowCache,
+    FlowMemory,
+    Forward,
+    Listen,
+    OnAllDown,
+    OnDown,
+    Protocol,
+    Scheduler,
+    Service,
+)
 
 EXAMPLE = """\
 interfaces: [eth0]                # names given to `xdplb up` win; a second one is the backend side
@@ -97,6 +111,42 @@ def test_a_service_wins_over_the_defaults_and_check_is_joined_key_by_key() -> No
     assert (web.forward, web.scheduler) == (Forward.IPIP, Scheduler.MAGLEV)
     assert web.check == Check(CheckType.HTTP, path="/b", rise=5, expect=((200, 200), (301, 302)))
     assert only(text + service("check: none")).check == Check(CheckType.NONE, path="/a", rise=5)
+
+
+def test_what_becomes_of_the_flows_of_a_backend_that_is_down_and_which_flows_are_remembered() -> None:
+    web = only(service())
+    assert (web.on_down, web.flows) == (OnDown.REHASH, FlowMemory.REMEMBER)
+    web = only("defaults: {on_down: keep, flows: none}\n" + service("flows: remember"))
+    assert (web.on_down, web.flows) == (OnDown.KEEP, FlowMemory.REMEMBER)
+
+
+def test_the_flow_cache_is_the_models_where_nothing_is_said() -> None:
+    assert config.parse(service(), "FILE").flow_cache == FlowCache()
+    assert config.parse("flow_cache: {}\n" + service(), "FILE").flow_cache == FlowCache()
+    text = "flow_cache: {capacity: 4096, window: 5m, established: 34m, closing: 1s, opening: 2500ms, datagram: 30s}\n"
+    assert config.parse(text + service(), "FILE").flow_cache == FlowCache(4096, 300.0, 2040.0, 1.0, 2.5, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("listen", "settings", "found"),
+    [
+        ("203.0.113.10:53/udp", "", CheckType.NONE),
+        ("203.0.113.10:53/udp", "check: {interval: 5s}", CheckType.NONE),
+        ("203.0.113.10:0/udp", "", CheckType.NONE),
+        ("203.0.113.10:53/udp", "check: tcp", CheckType.TCP),
+        ("203.0.113.10:53/udp", "check: {type: http, port: 8080}", CheckType.HTTP),
+        ("203.0.113.10:53/tcp", "", CheckType.TCP),
+    ],
+)
+def test_a_udp_service_is_not_checked_unless_somebody_says_how(listen: str, settings: str, found: CheckType) -> None:
+    assert only(service(settings, listen=listen)).check.type is found
+
+
+def test_the_defaults_may_say_how_udp_services_are_checked() -> None:
+    text = "defaults: {check: {type: http, port: 8080}}\n" + service(listen="203.0.113.10:53/udp")
+    assert only(text).check == Check(CheckType.HTTP, port=8080)
+    text = "defaults: {check: {rise: 5}}\n" + service(listen="203.0.113.10:53/udp")
+    assert only(text).check == Check(CheckType.NONE, rise=5)
 
 
 def test_tunnel_sources_are_told_apart_by_family() -> None:
@@ -225,7 +275,10 @@ SETTING_MISTAKES = [
         "services[0].check.path: path means nothing to a tcp check; set type: http or https",
     ),
     ("slow_start: 30s", "services[0].slow_start: slow_start is not available yet; only 0s is possible"),
-    ("on_down: keep", "services[0].on_down: on_down policy 'keep' is not available yet; available: rehash"),
+    ("on_down: kepe", "services[0].on_down: kepe is not an on_down policy, did you mean 'keep'?"),
+    ("on_down: drop", "services[0].on_down: drop is not an on_down policy; available: rehash, keep"),
+    ("flows: nono", "services[0].flows: nono is not a flows policy, did you mean 'none'?"),
+    ("flows: true", "services[0].flows: true is not a flows policy; available: remember, none"),
     (
         "on_all_down: fail-opn",
         "services[0].on_all_down: fail-opn is not an on_all_down policy, did you mean 'fail-open'?",
@@ -430,6 +483,14 @@ def test_service_names_are_distinct() -> None:
             "tunnel_source: [10.0.0.0/8, 11.0.0.0/8]",
             "tunnel_source[1]: a second IPv4 prefix; one for each family is possible",
         ),
+        ("flow_cache: {capcity: 4096}", "flow_cache: unknown key 'capcity', did you mean 'capacity'?"),
+        ("flow_cache: {capacity: 512}", "flow_cache.capacity: must be at least 1024, but is 512"),
+        ("flow_cache: {capacity: 67108865}", "flow_cache.capacity: must be at most 67108864, but is 67108865"),
+        ("flow_cache: {window: 900}", "flow_cache.window: 900 has no unit; write 900s for seconds"),
+        ("flow_cache: {established: 1h}", "flow_cache.established: must be from 1s to 34m, but is 1h"),
+        ("flow_cache: {datagram: 500ms}", "flow_cache.datagram: must be from 1s to 34m, but is 500ms"),
+        ("defaults: {flow_cache: {window: 1m}}", "defaults: unknown key 'flow_cache'"),
+        ("flow_cache: []", "flow_cache: must be a mapping, but is a list"),
         ("defualts: {}", "unknown key 'defualts', did you mean 'defaults'?"),
         ("defaults: []\ndefaults: {}", "key 'defaults' is given twice, first on line 2"),
         ("defaults: {name: x}", "defaults: unknown key 'name'"),

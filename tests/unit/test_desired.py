@@ -31,6 +31,7 @@ from xdplb.model import (
     HealthState,
     Listen,
     OnAllDown,
+    OnDown,
     Protocol,
     Scheduler,
     Service,
@@ -164,21 +165,71 @@ def test_desire_carries_the_decision_in_the_order_of_the_configuration() -> None
     desired = desire(of, {"a": replace(DOWN, way=None), "b": replace(UP, weight=2), "spare": UP}, shared)
     assert desired.config is of
     assert desired.backends == (
-        DesiredBackend(of.backends[0], weight=2, up=True, way=WAY, shared=False),
-        DesiredBackend(of.backends[1], weight=0, up=False, way=None, shared=True),
-        DesiredBackend(of.backends[2], weight=0, up=False, way=WAY, shared=False),
+        DesiredBackend(of.backends[0], weight=2, up=True, keeps=False, way=WAY, shared=False),
+        DesiredBackend(of.backends[1], weight=0, up=False, keeps=False, way=None, shared=True),
+        DesiredBackend(of.backends[2], weight=0, up=True, keeps=False, way=WAY, shared=False),
     )
+
+
+class TestFlowsThatABackendHas:
+    """`up` is about them, `weight` about new ones."""
+
+    def seen(
+        self, status: BackendStatus, on_all_down: OnAllDown = OnAllDown.REJECT, others: BackendStatus = UP, **of: bool
+    ) -> tuple[bool, int]:
+        pool = service([backend("a", **of), backend("b")], on_all_down)  # type: ignore[arg-type]
+        one = desire(pool, {"a": status, "b": others}, NONE).backends[0]
+        return one.up, one.weight
+
+    def test_one_that_serves_has_both(self) -> None:
+        assert self.seen(UP) == (True, 1)
+
+    @pytest.mark.parametrize("resting", [replace(UP, admin=Admin.DRAIN), replace(UP, weight=0)])
+    def test_one_that_drains_or_has_no_weight_goes_on_with_those_it_has(self, resting: BackendStatus) -> None:
+        assert self.seen(resting) == (True, 0)
+        assert self.seen(resting, others=DOWN) == (True, 0), "also where nobody takes new ones"
+
+    def test_a_backup_that_is_not_needed_any_more_does_so_too(self) -> None:
+        assert self.seen(UP, backup=True) == (True, 0)
+        assert self.seen(UP, others=DOWN, backup=True) == (True, 1)
+
+    @pytest.mark.parametrize(
+        "unable",
+        [
+            DOWN,
+            BackendStatus(way=WAY),
+            replace(UP, admin=Admin.MAINT),
+            replace(UP, way=None),
+            replace(DOWN, admin=Admin.DRAIN),
+        ],
+    )
+    @pytest.mark.parametrize("on_all_down", OnAllDown)
+    def test_one_that_cannot_or_must_not_serve_loses_them(self, unable: BackendStatus, on_all_down: OnAllDown) -> None:
+        assert self.seen(unable, on_all_down) == (False, 0)
+
+    @pytest.mark.parametrize("status", EVERY_STATUS)
+    def test_on_down_keep_is_for_all_that_could_serve_whatever_their_health(self, status: BackendStatus) -> None:
+        pool = replace(service([backend("a"), backend("b")]), on_down=OnDown.KEEP)
+        keeps = desire(pool, {"a": status, "b": UP}, NONE).backends[0].keeps
+        assert keeps is (status.admin is not Admin.MAINT and status.way is not None)
+        assert not desire(replace(pool, on_down=OnDown.REHASH), {"a": status, "b": UP}, NONE).backends[0].keeps
+
+    def test_those_that_serve_for_want_of_a_healthy_one_take_packets(self) -> None:
+        assert self.seen(DOWN, OnAllDown.FAIL_OPEN, others=DOWN) == (True, 1)
+        assert self.seen(replace(DOWN, admin=Admin.DRAIN), OnAllDown.FAIL_OPEN, others=DOWN) == (False, 0)
 
 
 @settings(max_examples=300)
 @given(st.data())
-def test_up_always_has_a_way_and_a_weight(data: st.DataObject) -> None:
+def test_up_always_has_a_way_and_whoever_gets_new_flows_is_up(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
     of = service([backend(n, data.draw(st.integers(0, 2)), data.draw(st.booleans())) for n in names])
     statuses = {n: data.draw(st.sampled_from(EVERY_STATUS)) for n in names}
     for one in desire(of, statuses, NONE).backends:
-        assert one.up == (one.weight > 0)
-        assert not one.up or one.way is not None
+        status = statuses[one.config.name]
+        assert one.up or not one.weight
+        assert not one.up or (one.way is not None and status.admin is not Admin.MAINT)
+        assert not (one.up and not one.weight) or status.health is HealthState.UP
 
 
 ports = st.one_of(

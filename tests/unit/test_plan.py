@@ -128,7 +128,7 @@ def test_a_removed_backend_leaves_the_slots_before_its_entry_goes() -> None:
     machine = Machine()
     machine.become(healthy(service("s1", 3)))
     kinds = [type(operation) for operation in machine.become(healthy(service("s1", 2)))]
-    assert kinds == [PutSlots, PutService, Publish, ClearBackend], "512 slots become 256, at another place"
+    assert kinds == [PutSlots, Publish, ClearBackend], "the 512 slots stay, for all that 256 would do"
 
 
 def test_a_verdict_moves_the_fewest_slots_and_its_reversal_restores_quotas() -> None:
@@ -152,6 +152,28 @@ def test_growing_leaves_every_flow_of_a_backend_that_stays_within_its_quota() ->
     assert len(new) == 2 * len(old)
     moved = new != np.tile(old, 2)
     assert set(new[moved].tolist()) == {3}, "only the new backend gains"
+
+
+def test_a_table_keeps_its_size_while_the_service_lives() -> None:
+    """Half of it would move every other flow. A service that comes again begins anew."""
+    machine = Machine()
+    sizes = []
+    for backends in (1, 5, 1, 2, 9, 1, 0, 1):
+        machine.become(healthy(*([service("s1", backends)] if backends else [])))
+        sizes += [len(applied.table) for applied in machine.applied.services.values()]
+    assert sizes == [128, 1024, 1024, 1024, 2048, 2048, 128]
+
+
+def test_slots_that_move_or_change_hands_tell_where_their_flows_are_from() -> None:
+    machine = Machine()
+
+    def origins(world: World) -> list[tuple[int, tuple[int, int] | None]]:
+        return [(put.first, put.origin) for put in machine.become(world) if isinstance(put, PutSlots)]
+
+    assert origins(healthy(service("s1", 2))) == [(0, None)]
+    assert origins(with_status(healthy(service("s1", 2)), ("s1", "b0"), DOWN)) == [(0, (0, 256))]
+    assert origins(healthy(service("s1", 3))) == [(512, (0, 256))]
+    assert origins(healthy(service("s2", 2))) == [(0, None)], "another service, at slots that were the first one's"
 
 
 def test_a_renamed_backend_never_meets_its_predecessors_id() -> None:
@@ -185,13 +207,13 @@ def test_a_service_that_is_cut_off_before_its_entry_is_forgotten_without_harm() 
 
 
 def test_a_service_is_looked_up_at_its_old_slots_until_its_entry_is_written() -> None:
-    """Nobody else may move in there meanwhile, though it is the first gap."""
-    machine = Machine(replace(ROOMY, slots=1280))
-    machine.become(healthy(service("s1", 2), service("s2", 2)))
-    shrunk = healthy(service("s1", 1), service("s2", 2))
-    kinds = [type(operation) for operation in machine.copy().become(shrunk)]
-    machine, _ = cut(machine, shrunk, kinds.index(PutSlots) + 1)
-    filled = healthy(*(service(*name) for name in (("s3", 2), ("s4", 2), ("s5", 1), ("s1", 1), ("s2", 2))))
+    """Nobody else may move in there meanwhile, though with what is free behind it, it is the first gap."""
+    machine = Machine(replace(ROOMY, slots=4096))
+    machine.become(healthy(service("s1", 3)))
+    grown = healthy(service("s1", 5))
+    kinds = [type(operation) for operation in machine.copy().become(grown)]
+    machine, _ = cut(machine, grown, kinds.index(PutSlots) + 1)
+    filled = healthy(service("s3", 6), service("s1", 5))
     machine.become(filled)
     machine.assert_is(filled)
 

@@ -120,14 +120,19 @@ def test_a_quarter_full_no_history_of_growing_and_shrinking_scatters_the_free_sl
     random = Random(seed)
     machine = Machine(replace(ROOMY, services=64, backends=256))
     sizes: dict[str, int] = {}
-    for _ in range(40):
+    tables: dict[str, int] = {}
+    for _ in range(60):
         for number in range(20):
             if random.random() < 0.4:
                 sizes[f"s{number}"] = random.choice([0, 1, 1, 2, 3, 5])
-        while sum(maglev.table_size(size) for size in sizes.values() if size) > ROOMY.slots // 4:
-            sizes.pop(random.choice(sorted(sizes)))
-        world = healthy(*(service(name, size) for name, size in sizes.items() if size))
+        sizes = {name: size for name, size in sizes.items() if size}
+        tables = {name: max(tables.get(name, 0), maglev.table_size(size)) for name, size in sizes.items()}
+        while sum(tables.values()) > ROOMY.slots // 4:
+            gone = random.choice(sorted(sizes))
+            del sizes[gone], tables[gone]
+        world = healthy(*(service(name, size) for name, size in sizes.items()))
         machine.become(world)
+        assert {name: len(applied.table) for name, applied in machine.applied.services.items()} == tables
         machine.assert_is(world)
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from xdplb import abi, bundle, endpoints, maglev
-from xdplb.abi import Features, Geometry
-from xdplb.model import Address, Backend, Check, Config, Forward, Listen, Protocol, Scheduler, Service
+from xdplb import abi, bundle, endpoints, flows, maglev
+from xdplb.abi import Features, FlowTimes, Geometry
+from xdplb.model import Address, Backend, Check, Config, FlowCache, Forward, Listen, Protocol, Scheduler, Service
 from xdplb.specialise import features, fits, geometry
 
 NOTHING = Features(
@@ -29,6 +29,8 @@ NOTHING = Features(
 )
 
 V4, V6 = IPv4Address("10.0.0.1"), IPv6Address("2001:db8::1")
+FLOW_BACKEND = (1 << 18) - 1
+"""The largest id that a remembered flow can name."""
 LARGEST_OFFSET = 1 << 29
 """What the verifier lets a program add to a pointer: BPF_MAX_VAR_OFF, include/linux/bpf_verifier.h."""
 
@@ -72,7 +74,7 @@ def test_only_what_some_service_needs_is_compiled_in(
     services: tuple[Service, ...], wanted: set[str], redirect: bool
 ) -> None:
     got = features(Config(("eth0",), services), redirect)
-    assert {f.name for f in fields(Features) if getattr(got, f.name)} == {
+    assert {f.name for f in fields(Features) if getattr(got, f.name) is True} == {
         *wanted,
         *({"tx_by_redirect"} if redirect else ()),
     }
@@ -82,8 +84,13 @@ def test_every_feature_and_size_reaches_the_compiler() -> None:
     size = geometry(config(1))
     flags = abi.defines(NOTHING, size)
     for field in fields(Features):
+        if field.name == "times":
+            continue
         flipped = abi.defines(replace(NOTHING, **{field.name: True}), size)
         assert sum(flags[name] != flipped[name] for name in flags) == 1, field.name
+    for field in fields(FlowTimes):
+        slower = abi.defines(replace(NOTHING, times=replace(NOTHING.times, **{field.name: 7})), size)
+        assert sum(flags[name] != slower[name] for name in flags) == 1, field.name
     for field in fields(Geometry):
         changed = abi.defines(NOTHING, replace(size, **{field.name: 3}))
         assert sum(flags[name] != changed[name] for name in flags) == 1, field.name
@@ -124,7 +131,7 @@ def test_what_fits_does_so_with_less_and_in_more(
     if fits(config(*small, *more), size):
         assert fits(config(*small), size)
     if fits(config(*small), size):
-        name = data.draw(st.sampled_from([field.name for field in fields(Geometry)]))
+        name = data.draw(st.sampled_from([field.name for field in fields(Geometry) if field.name != "flow_sets"]))
         assert fits(config(*small), replace(size, **{name: 2 * getattr(size, name)}))
 
 
@@ -134,6 +141,16 @@ def test_a_configuration_that_outgrows_any_one_map_does_not_fit() -> None:
     assert fits(large, size)
     for name in ("services", "backends", "slots", "address_buckets", "intervals"):
         assert not fits(large, replace(size, **{name: getattr(size, name) // 2})), name
+
+
+@pytest.mark.parametrize(("capacity", "sets"), [(1024, 128), (1025, 128), (262_144, 32768), (300_000, 65536)])
+def test_the_flow_cache_has_sets_of_eight_and_fits_no_other_size(capacity: int, sets: int) -> None:
+    of = replace(config(3), flow_cache=FlowCache(capacity=capacity))
+    size = geometry(of)
+    assert size.flow_sets == sets
+    assert fits(of, size)
+    for other in (sets // 2, 2 * sets):
+        assert not fits(of, replace(size, flow_sets=other)), "its sets are found by another part of the hash"
 
 
 @pytest.mark.parametrize("forward", Forward)
@@ -158,9 +175,9 @@ def test_the_largest_configurations_are_within_what_the_packet_path_can_address(
     of = config(*counts)
     size = geometry(of)
     assert fits(of, size)
-    assert size.backends <= _slot_backend_mask()
+    assert size.backends <= min(abi.SLOT_BACKEND, FLOW_BACKEND)
     assert size.slots <= 1 << 25
-    assert 4 * size.slots < LARGEST_OFFSET
+    assert flows.TRANSITION.itemsize * size.slots < LARGEST_OFFSET
     assert size.services >= 2 * abi.MAX_SERVICES
     assert 2 * size.intervals < 1 << 32
     assert all(maglev.table_size(count) <= abi.MAX_SLOTS_PER_SERVICE for count in counts)
@@ -178,10 +195,3 @@ def test_one_address_has_no_more_intervals_than_the_packet_path_searches() -> No
     steps = re.search(r"#define INTERVAL_STEPS (\d+)", lookup)
     assert steps is not None
     assert (1 << int(steps[1])) - 1 >= 2 * abi.MAX_BACKENDS - 1
-
-
-def _slot_backend_mask() -> int:
-    slots = (bundle.source_directory() / "slots.h").read_text(encoding="utf-8")
-    mask = re.search(r"#define SLOT_BACKEND (0x[0-9a-f]+)", slots)
-    assert mask is not None
-    return int(mask[1], 16)

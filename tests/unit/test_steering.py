@@ -29,7 +29,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def held(steering: Steering, under: Config) -> dict[BackendKey, tuple[Admin, int | None]]:
-    return {key: (steer.admin, steer.weight) for key, steer in steering.follow(under)}
+    """As by a reload."""
+    found = {key: (steer.admin, steer.weight) for key, steer in steering.held(under).items()}
+    steering.forget_others(under)
+    return found
 
 
 def test_nothing_is_remembered_at_first_and_nothing_written(path: Path) -> None:
@@ -44,7 +47,7 @@ def test_what_is_set_survives_a_restart(path: Path) -> None:
     wanted = {WEB_A: (Admin.DRAIN, None), WEB_B: (Admin.ACTIVE, 0)}
     assert held(steering, config(A, B)) == wanted
     assert held(Steering(path), config(A, B)) == wanted
-    assert dict(Steering(path).follow(config(A, B)))[WEB_A] == Steer(Admin.DRAIN, None, fingerprint(A))
+    assert Steering(path).held(config(A, B))[WEB_A] == Steer(Admin.DRAIN, None, fingerprint(A))
 
 
 def test_the_last_word_counts(path: Path) -> None:
@@ -94,13 +97,20 @@ def test_other_changes_of_the_configuration_change_nothing(path: Path) -> None:
     assert WEB_A in held(steering, config(B, A))
 
 
-def test_following_without_effect_does_not_write(path: Path) -> None:
+def test_asking_forgets_nothing(path: Path) -> None:
+    steering = Steering(path)
+    steering.set(WEB_A, A, Admin.DRAIN, None)
+    assert steering.held(config(B)) == {}
+    assert held(steering, config(A)) == {WEB_A: (Admin.DRAIN, None)}
+
+
+def test_forgetting_without_effect_does_not_write(path: Path) -> None:
     steering = Steering(path)
     steering.set(WEB_A, A, Admin.DRAIN, None)
     path.unlink()
-    steering.follow(config(A))
+    steering.forget_others(config(A))
     assert not path.exists()
-    steering.follow(config(B))
+    steering.forget_others(config(B))
     assert path.exists()
 
 

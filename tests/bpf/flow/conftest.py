@@ -1,0 +1,51 @@
+"""One packet path for the tests of the flow rule, and one that can remember no more than eight flows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from flowlab import FEATURES, GEOMETRY, PIN_ROOT, Lab, loaded, service
+
+from xdplb.dataplane import remove_pins
+
+
+@pytest.fixture(scope="session")
+def flow_pins(bpf_able: None) -> Iterator[None]:
+    """Nothing is left on bpffs, however the tests end."""
+    yield
+    remove_pins(PIN_ROOT)
+
+
+@pytest.fixture(scope="session")
+def roomy(flow_pins: None) -> Iterator[Lab]:
+    with loaded("roomy") as plane:
+        yield Lab(plane)
+
+
+@pytest.fixture(scope="session")
+def narrow(flow_pins: None) -> Iterator[Lab]:
+    with loaded("narrow", FEATURES, replace(GEOMETRY, flow_sets=1)) as plane:
+        yield Lab(plane)
+
+
+@pytest.fixture
+def lab(roomy: Lab) -> Lab:
+    """The service `web` with the backends a, b and c, all healthy; nothing is remembered."""
+    roomy.start(service())
+    return roomy
+
+
+@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
+def either(roomy: Lab, request: pytest.FixtureRequest) -> Lab:
+    """The same over each family."""
+    roomy.start(service(version=request.param))
+    return roomy
+
+
+@pytest.fixture
+def tiny(narrow: Lab) -> Lab:
+    """The same, with a memory of one set: eight flows."""
+    narrow.start(service())
+    return narrow

@@ -1,0 +1,151 @@
+"""The flow rule once more, from the words of its design: where a packet goes, with a memory that never runs out.
+
+It shares no code with what it is compared with: the slots that change hands and the memory are its own.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
+
+from reference import Hash
+
+Address = IPv4Address | IPv6Address
+
+TRIES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A client's flow to a service. `service` is a name."""
+
+    service: str
+    client: Address
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Who has it; and, where flows of another may live on in it, whose it was and until when that counts."""
+
+    owner: str | None = None
+    in_transition: bool = False
+    previous: str | None = None
+    deadline: int = 0
+
+    def given_to(self, owner: str | None, tick: int, window: int) -> Slot:
+        if owner == self.owner:
+            return self
+        if self.owner is None or (self.in_transition and tick < self.deadline):
+            return replace(self, owner=owner)
+        return Slot(owner, True, self.owner, tick + window)
+
+    def former(self, tick: int) -> str | None:
+        """To whom flows belong that nobody remembers."""
+        if not self.in_transition:
+            return self.owner
+        return self.previous if tick < self.deadline else None
+
+
+class Kind(enum.Enum):
+    """Of a packet: what it does to its flow."""
+
+    OPENS = "opens"
+    GOES_ON = "goes on"
+    CLOSES = "closes"
+
+
+@dataclass(slots=True)
+class Memory:
+    """Where a flow is, when it was last seen, and what it did. What closes does not go on but by beginning anew."""
+
+    backend: str
+    tick: int
+    kind: Kind
+
+    def see(self, tick: int, kind: Kind) -> None:
+        self.tick = tick
+        self.kind = Kind.CLOSES if self.kind is Kind.CLOSES else kind
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Who takes packets of flows that they have; who keeps them though they are down."""
+
+    up: frozenset[str]
+    keeping: frozenset[str] = frozenset()
+
+    def serves(self, backend: str | None) -> bool:
+        return backend in self.up or backend in self.keeping
+
+
+class Rule:
+    """One service."""
+
+    def __init__(self, hasher: Hash, window: int, limits: Mapping[Kind, int], stateless: bool = False) -> None:
+        self.hasher = hasher
+        self.window = window
+        self.limits = limits
+        self.stateless = stateless
+        self.tick = 0
+        self.slots: list[Slot] = []
+        self.memory: dict[Flow, Memory] = {}
+        self.hashes: dict[Flow, int] = {}
+
+    def turn(self, table: Sequence[str | None]) -> None:
+        """A larger table repeats the old one first: each flow's slot has the history that it had."""
+        old = self.slots or [Slot()]
+        self.slots = [
+            old[index % len(old)].given_to(owner, self.tick, self.window) for index, owner in enumerate(table)
+        ]
+
+    def packet(self, flow: Flow, hashed: int, kind: Kind, pool: Pool) -> str | None:
+        """The backend that gets it; None where nobody does."""
+        self.hashes[flow] = hashed
+        slot = self.slots[hashed % (1 << 32) % len(self.slots)]
+        if not slot.in_transition and slot.owner in pool.up:
+            return slot.owner
+        if self.stateless:
+            return self._schedule(hashed, pool)
+        known = self.memory.get(flow)
+        if known and kind is not Kind.OPENS and pool.serves(known.backend):
+            known.see(self.tick, kind)
+            return known.backend
+        former = slot.former(self.tick)
+        chosen = former if pool.serves(former) and kind is not Kind.OPENS else self._schedule(hashed, pool)
+        if chosen is not None:
+            self.memory[flow] = Memory(chosen, self.tick, kind)
+        return chosen
+
+    def settle(self) -> int:
+        """Returns how many slots are still in transition."""
+        held = set()
+        for flow, known in self.memory.items():
+            number = self.hashes[flow] % (1 << 32) % len(self.slots)
+            if self._lives(known) and known.backend != self.slots[number].owner:
+                held.add(number)
+        for number, slot in enumerate(self.slots):
+            if slot.in_transition and slot.deadline <= self.tick and number not in held:
+                self.slots[number] = Slot(slot.owner)
+        for flow in [flow for flow, known in self.memory.items() if not self._lives(known)]:
+            if not self.slots[self.hashes[flow] % (1 << 32) % len(self.slots)].in_transition:
+                del self.memory[flow]
+        return sum(slot.in_transition for slot in self.slots)
+
+    def forget(self, backend: str) -> None:
+        """It is removed; a later one of its name is another one."""
+        self.memory = {flow: known for flow, known in self.memory.items() if known.backend != backend}
+        self.slots = [replace(slot, previous=None) if slot.previous == backend else slot for slot in self.slots]
+
+    def _lives(self, known: Memory) -> bool:
+        return self.tick - known.tick <= self.limits[known.kind]
+
+    def _schedule(self, hashed: int, pool: Pool) -> str | None:
+        for attempt in range(1, TRIES + 1):
+            owner = self.slots[hashed % (1 << 32) % len(self.slots)].owner
+            if owner in pool.up:
+                return owner
+            hashed = self.hasher.mix(hashed, attempt)
+        return None

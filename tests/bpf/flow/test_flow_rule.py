@@ -1,0 +1,329 @@
+"""The flow rule, as the loaded program keeps it: no connection breaks that did not have to."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+from flowlab import ACK, FIN, RST, SYN, WINDOW, Lab, service
+from flowmodel import Flow
+
+from xdplb.model import Admin, FlowMemory, Protocol, Scheduler
+
+MIDDLES = {"data": ACK, "the end": FIN | ACK, "a reset": RST, "nothing": 0, "a simultaneous open": SYN | ACK}
+
+
+def by_way(lab: Lab, flows: list[Flow], *changes: tuple[str, str]) -> dict[tuple[str | None, ...], list[Flow]]:
+    """Carries out the changes, and tells the flows apart by the backends that their slots had one after another."""
+    ways: dict[Flow, list[str | None]] = {flow: [lab.owner(flow)] for flow in flows}
+    for name, backend in changes:
+        getattr(lab, name)(backend)
+        for flow, way in ways.items():
+            way.append(lab.owner(flow))
+    found = defaultdict(list)
+    for flow, way in ways.items():
+        found[tuple(way)].append(flow)
+    return found
+
+
+def test_settled_slots_leave_no_trace(either: Lab) -> None:
+    for flow in either.flows(10_000):
+        home = either.owner(flow)
+        assert either.syn(flow) == either.send(flow) == either.send(flow, FIN | ACK) == home
+    assert either.remembered == 0
+    assert either.counted() == {}
+
+
+def test_slots_that_did_not_change_hands_go_on_without_a_trace(either: Lab) -> None:
+    either.drain("a")
+    for flow in either.flows(500):
+        if not either.in_transition(flow):
+            assert either.syn(flow) == either.send(flow) == either.owner(flow)
+    assert either.remembered == 0
+
+
+def test_a_flow_that_begins_after_the_change_goes_to_the_current_backend_and_stays(either: Lab) -> None:
+    flow = either.flow(of="a")
+    either.drain("a")
+    current = either.owner(flow)
+    assert either.syn(flow) == current != "a"
+    assert either.counted() == {"remembered": 1}
+    assert either.send(flow) == current
+    assert either.counted() == {"remembered": 1, "recalled": 1}
+    either.pass_time(WINDOW)
+    assert either.send(flow) == current
+
+
+@pytest.mark.parametrize("flags", MIDDLES.values(), ids=MIDDLES.keys())
+def test_a_flow_that_began_before_the_change_goes_to_the_previous_backend_and_stays(either: Lab, flags: int) -> None:
+    flow = either.flow(of="a")
+    either.drain("a")
+    assert either.send(flow, flags) == "a"
+    assert either.counted() == {"remembered": 1}
+    either.pass_time(WINDOW // 10)
+    assert either.send(flow, flags) == "a"
+    assert either.counted() == {"remembered": 1, "recalled": 1}
+
+
+def test_after_the_window_a_flow_that_nobody_remembers_goes_to_the_current_backend(either: Lab) -> None:
+    last, late = either.flows(2, of="a")
+    either.drain("a")
+    either.pass_time(WINDOW - 1)
+    assert either.send(last) == "a"
+    either.pass_time(1)
+    assert either.send(late) == either.owner(late) != "a"
+    assert either.send(last) == "a", "what is remembered stays, beyond the window too"
+
+
+def test_who_sends_now_and_then_is_remembered_for_ever(lab: Lab) -> None:
+    flow = lab.flow(of="a")
+    lab.drain("a")
+    for _ in range(10):
+        assert lab.send(flow) == "a"
+        lab.pass_time(WINDOW)
+        assert lab.engine.settle() > 0
+
+
+LIMITS = {"a SYN alone": (SYN, 60), "data": (ACK, 900), "a FIN": (FIN | ACK, 120), "a reset": (RST, 120)}
+
+
+@pytest.mark.parametrize(("flags", "limit"), LIMITS.values(), ids=LIMITS.keys())
+def test_an_idle_flow_is_remembered_as_long_as_its_state_allows(lab: Lab, flags: int, limit: int) -> None:
+    lab.start(service(), window=10)
+    flow = lab.flow(of="a")
+    lab.drain("a")
+    home = lab.send(flow, flags)
+    lab.ready("a")
+    lab.drain(str(home))
+    lab.pass_time(limit)
+    lab.engine.settle()
+    assert lab.send(flow) == home
+    lab.pass_time(901)
+    assert lab.engine.settle() == 0
+    assert lab.send(flow) == lab.owner(flow) != home
+
+
+@pytest.mark.parametrize(("flags", "limit"), LIMITS.values(), ids=LIMITS.keys())
+def test_the_slot_of_a_flow_settles_when_it_has_been_idle_for_longer(lab: Lab, flags: int, limit: int) -> None:
+    lab.start(service(), window=10)
+    flow = lab.flow(of="a")
+    lab.drain("a")
+    home = str(lab.send(flow, flags))
+    if home != "a":
+        lab.drain(home)
+        lab.ready("a")
+    lab.pass_time(limit)
+    assert lab.engine.settle() == 1
+    lab.pass_time(1)
+    assert lab.engine.settle() == 0
+
+
+def test_the_last_acknowledgement_does_not_open_a_closing_flow_again(lab: Lab) -> None:
+    lab.start(service(), window=10)
+    flow = lab.flow(of="a")
+    lab.drain("a")
+    for flags in (ACK, FIN | ACK, ACK):
+        assert lab.send(flow, flags) == "a"
+    lab.pass_time(120)
+    assert lab.engine.settle() == 1
+    lab.pass_time(1)
+    assert lab.engine.settle() == 0
+
+
+def test_two_changes_within_a_window(either: Lab) -> None:
+    """Older than the first: with a, though two have had the slot since. Begun between: with b. New ones: with c."""
+    ways = by_way(either, either.flows(60), ("drain", "a"))
+    older, between, new = ways["a", "b"][:3]
+    assert either.syn(between) == "b"
+    either.pass_time(WINDOW // 2)
+    either.drain("b")
+    assert either.send(older) == "a"
+    assert either.send(between) == "b"
+    assert either.syn(new) == either.send(new) == "c"
+    either.pass_time(WINDOW // 2)
+    assert (either.send(older), either.send(between), either.send(new)) == ("a", "b", "c")
+
+
+def test_the_window_is_that_of_the_first_of_two_changes(either: Lab) -> None:
+    ways = by_way(either, either.flows(60), ("drain", "a"))
+    late = ways["a", "b"][0]
+    either.pass_time(WINDOW // 2)
+    either.drain("b")
+    either.pass_time(WINDOW // 2)
+    assert either.send(late) == "c"
+
+
+def test_a_change_after_the_window_begins_one_of_its_own(either: Lab) -> None:
+    """Flows older than that one are with b: either they began there, or lost their memory of a."""
+    ways = by_way(either, either.flows(60), ("drain", "a"))
+    remembered, unknown = ways["a", "b"][:2]
+    assert either.send(remembered) == "a"
+    either.pass_time(WINDOW)
+    either.drain("b")
+    assert either.send(remembered) == "a"
+    assert either.send(unknown) == "b"
+
+
+def test_there_and_back_within_a_window(either: Lab) -> None:
+    """The slot is its first backend's again, but those that began with the second stay there."""
+    flows = either.flows(200)
+    first = {flow: either.owner(flow) for flow in flows}
+    either.drain("a")
+    homes = {flow: either.syn(flow) for flow in flows[::2]}
+    either.ready("a")
+    back = [flow for flow in flows if either.in_transition(flow) and either.owner(flow) == "a"]
+    assert len(back) > 50
+    for flow in back:
+        if flow in homes:
+            assert either.send(flow) == homes[flow] != "a"
+        else:
+            assert either.send(flow) == first[flow]
+    new = [flow for flow in either.flows(200, of="a") if either.in_transition(flow)]
+    assert either.sent_to(new, SYN) == {"a": len(new)}
+
+
+def test_a_draining_backend_gets_no_new_flow_and_one_of_weight_0_neither(either: Lab) -> None:
+    either.drain("a")
+    either.change("b", weight=0)
+    assert either.sent_to(either.flows(500), SYN) == {"c": 500}
+
+
+def test_a_new_flow_on_the_ports_of_one_of_a_draining_backend_begins_anew(either: Lab) -> None:
+    flow = either.flow(of="a")
+    either.drain("a")
+    assert either.send(flow) == "a"
+    current = either.owner(flow)
+    assert either.syn(flow) == either.send(flow) == current != "a"
+    assert either.remembered == 1
+
+
+def test_when_all_drain_new_flows_are_refused_and_old_ones_stay(either: Lab) -> None:
+    flows = either.flows(100)
+    homes = {flow: either.owner(flow) for flow in flows}
+    for backend in "abc":
+        either.drain(backend)
+    assert all(either.send(flow) == homes[flow] for flow in flows)
+    assert either.sent_to(either.flows(20), SYN) == {None: 20}
+
+
+def test_weights_move_slots_and_no_flow(either: Lab) -> None:
+    flows = either.flows(500)
+    homes = {flow: either.owner(flow) for flow in flows}
+    for weight in (5, 1, 20):
+        either.change("a", weight=weight)
+        assert all(either.send(flow) == homes[flow] for flow in flows)
+    assert either.counted()["remembered"] < len(flows)
+
+
+class TestDatagrams:
+    """UDP tells no beginning: within the window everything that is not known is older than the change."""
+
+    @pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"], autouse=True)
+    def udp(self, lab: Lab, request: pytest.FixtureRequest) -> None:
+        lab.start(service(version=request.param, protocol=Protocol.UDP))
+
+    def test_within_the_window_they_go_to_the_previous_backend(self, lab: Lab) -> None:
+        flow = lab.flow(of="a")
+        lab.drain("a")
+        assert lab.send(flow) == "a"
+        lab.pass_time(WINDOW // 4)
+        assert lab.send(flow) == "a"
+        assert lab.counted() == {"remembered": 1, "recalled": 1}
+
+    def test_after_it_to_the_current_one(self, lab: Lab) -> None:
+        late = lab.flow(of="a")
+        lab.drain("a")
+        lab.pass_time(WINDOW)
+        assert lab.send(late) == lab.owner(late) != "a"
+
+    def test_they_are_forgotten_sooner(self, lab: Lab) -> None:
+        lab.start(service(protocol=Protocol.UDP), window=10)
+        flow = lab.flow(of="a")
+        lab.drain("a")
+        assert lab.send(flow) == "a"
+        lab.pass_time(300)
+        assert lab.engine.settle() == 1
+        lab.pass_time(1)
+        assert lab.engine.settle() == 0
+
+
+class TestErrorsAboutFlows:
+    """ICMP errors go where the flow's own packets would, and leave no trace."""
+
+    def test_of_a_settled_slot(self, either: Lab) -> None:
+        for flow in either.flows(50):
+            assert either.error_about(flow) == either.owner(flow)
+
+    def test_about_a_remembered_flow(self, either: Lab) -> None:
+        older, newer = either.flows(2, of="a")
+        either.drain("a")
+        homes = either.send(older), either.syn(newer)
+        either.pass_time(WINDOW)
+        assert (either.error_about(older), either.error_about(newer)) == homes == ("a", either.owner(newer))
+
+    def test_about_a_flow_older_than_the_change(self, either: Lab) -> None:
+        flow = either.flow(of="a")
+        either.drain("a")
+        assert either.error_about(flow) == "a"
+        either.pass_time(WINDOW)
+        assert either.error_about(flow) == either.owner(flow)
+        assert either.remembered == 0 and either.counted() == {}
+
+    def test_they_do_not_keep_a_flow_alive(self, lab: Lab) -> None:
+        lab.start(service(), window=10)
+        flow = lab.flow(of="a")
+        lab.drain("a")
+        assert lab.send(flow, FIN) == "a"
+        lab.pass_time(100)
+        assert lab.error_about(flow) == "a"
+        lab.pass_time(21)
+        assert lab.engine.settle() == 0
+
+    def test_of_a_service_that_remembers_nothing(self, lab: Lab) -> None:
+        lab.start(service(flows=FlowMemory.NONE))
+        flows = lab.flows(50)
+        lab.drain("a")
+        assert all(lab.error_about(flow) == lab.send(flow) == lab.owner(flow) for flow in flows)
+
+
+class TestSourceHash:
+    """All flows of a client have one slot, yet each is remembered by itself."""
+
+    @pytest.fixture(autouse=True)
+    def by_source(self, lab: Lab) -> None:
+        lab.start(service(scheduler=Scheduler.SOURCE_HASH))
+
+    def test_a_clients_flows_share_a_slot(self, lab: Lab) -> None:
+        one = lab.flow()
+        flows = [Flow("web", one.client, port) for port in range(1024, 1074)]
+        assert lab.sent_to(flows, SYN) == {lab.owner(one): 50}
+
+    def test_a_new_flow_of_the_client_does_not_take_the_old_ones_along(self, lab: Lab) -> None:
+        older = lab.flow(of="a")
+        newer = Flow("web", older.client, older.port + 1)
+        lab.drain("a")
+        assert lab.syn(newer) == lab.owner(newer) != "a"
+        assert lab.send(older) == "a"
+        assert lab.send(newer) == lab.owner(newer)
+        assert lab.error_about(older) == "a"
+
+    def test_many_flows_of_one_client_are_told_apart(self, lab: Lab) -> None:
+        client = lab.flow(of="a").client
+        older = [Flow("web", client, port) for port in range(1024, 9024)]
+        newer = [Flow("web", client, port) for port in range(9024, 17024)]
+        lab.drain("a")
+        current = lab.owner(older[0])
+        for old, new in zip(older, newer, strict=True):
+            assert (lab.send(old), lab.syn(new)) == ("a", current)
+        assert lab.counted() == {"remembered": 16_000}
+        lab.pass_time(WINDOW)
+        assert lab.sent_to(older) == {"a": 8000}
+        assert lab.sent_to(newer) == {current: 8000}
+
+
+def test_maintenance_takes_the_flows_away_too(either: Lab) -> None:
+    flows = either.flows(200)
+    homes = {flow: either.owner(flow) for flow in flows}
+    either.change("a", admin=Admin.MAINT)
+    moved = Counter(homes[flow] for flow in flows if either.send(flow) != homes[flow])
+    assert set(moved) == {"a"} and moved["a"] == sum(home == "a" for home in homes.values())
