@@ -65,6 +65,7 @@ class HashKey:
 def abi_hash(geometry: abi.Geometry, key: HashKey) -> str:
     """Names everything that pinned maps depend on: maps of another hash cannot be adopted."""
     parts = [(source_directory() / name).read_text(encoding="utf-8") for name in ("abi.h", "maps.h")]
+    parts.append(Path(abi.__file__).read_text(encoding="utf-8"))
     parts += [repr(geometry), repr(key)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 

@@ -123,9 +123,16 @@ class Commands:
 
 def changes(old: Config, new: Config) -> Iterator[JSON]:
     """What differs, service by service and backend by backend."""
+    for name in ("tunnel_source4", "tunnel_source6", "flow_cache"):
+        if getattr(old, name) != getattr(new, name):
+            yield {"kind": "change", "what": name, "detail": f"{getattr(old, name)} -> {getattr(new, name)}"}
+    for name in ("interfaces", "hash_key"):
+        if getattr(old, name) != getattr(new, name):
+            yield {"kind": "change", "what": name, "detail": "not by a reload: only the next `up` takes it"}
     before, after = ({s.name: s for s in config.services} for config in (old, new))
-    for name in before.keys() - after.keys():
-        yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
+    for name in before:
+        if name not in after:
+            yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
     for name, service in after.items():
         if name not in before:
             yield {
@@ -145,8 +152,9 @@ def _service_changes(old: Service, new: Service) -> Iterator[JSON]:
             )
             yield {"kind": "change", "what": f"service {new.name}", "detail": detail}
     before, after = ({b.name: b for b in service.backends} for service in (old, new))
-    for name in before.keys() - after.keys():
-        yield {"kind": "remove", "what": f"backend {new.name}/{name}", "detail": before[name].label(old.listen)}
+    for name in before:
+        if name not in after:
+            yield {"kind": "remove", "what": f"backend {new.name}/{name}", "detail": before[name].label(old.listen)}
     for name, backend in after.items():
         what = f"backend {new.name}/{name}"
         if name not in before:

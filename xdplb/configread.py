@@ -16,14 +16,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from xdplb import yamllines
+from xdplb.abi import MAX_BACKENDS_PER_SERVICE, MAX_SERVICES
 from xdplb.configparts import BackendPart, Part, ServicePart, SettingsPart
 from xdplb.configvalues import did_you_mean, told
 from xdplb.errors import ConfigError
 from xdplb.model import CheckType, Protocol
-
-MAX_SERVICES = 4096
-MAX_BACKENDS_PER_SERVICE = 4096
-MAX_BACKENDS = 65535
 
 _Where = Callable[[yamllines.Path, yamllines.Path], tuple[int, str]]
 _P = TypeVar("_P", bound=Part)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network
 
 from xdplb import yamllines
+from xdplb.abi import MAX_BACKENDS
 from xdplb.configparts import BackendPart
-from xdplb.configread import MAX_BACKENDS, Draft, Report
+from xdplb.configread import Draft, Report
 from xdplb.model import Address, CheckType, Forward, Listen, Network, Protocol
 
 

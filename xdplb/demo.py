@@ -201,7 +201,7 @@ class Demo:
             load.stop()
         self._collect()
         self._report(kill, comeback)
-        return self._tally.problems(self._phases, (kill, comeback))
+        return self._tally.problems(self._phases, [kill])
 
     def _mark(self, what: str, headline: str) -> float:
         """The time, to which the next transitions are related."""

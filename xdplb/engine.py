@@ -97,12 +97,13 @@ class Engine:
         self.retired = retired
         self._key = key
         self._clock = clock or the_clock()
-        self._writer = MapWriter(plane, key, self._clock, self._clock.ticks(config.flow_cache.window_s))
+        self._writer = MapWriter(plane, key, self._clock)
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:
         """Takes `config` for what is desired. Nothing is written before `apply_all`."""
         self.config = config
+        self._writer.window = self._clock.ticks(config.flow_cache.window_s)
         self.statuses.follow(config)
         self._services: dict[str, Service] = {service.name: service for service in config.services}
         self._shared = shared_backends(config)
@@ -118,6 +119,7 @@ class Engine:
     def rehearse(self, config: Config) -> None:
         """Raises CapacityExceeded where `apply_all` of that configuration would; writes nothing."""
         other = copy(self)
+        other._writer = copy(self._writer)
         other.statuses = self.statuses.copy()
         other.applied = self.applied.copy()
         other.adopt_config(config)

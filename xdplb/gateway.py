@@ -187,7 +187,7 @@ class Gateway:
         self._notes.addresses += [note for note in notes if note not in self._notes.addresses]
         self._save()
         for address in missing:
-            await self._links.add_address(client_side.index, address)
+            await self._links.add_address(client_side.index, address, present)
 
     async def leave_other_interfaces(self) -> None:
         """Takes our programs off interfaces that an earlier run had and this one does not."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -136,13 +136,14 @@ class Links:
         """All addresses of this host, of all its interfaces."""
         return {rtnl.local_address(message) for message in await self._dump("addr")}
 
-    async def add_address(self, index: int, address: Address) -> bool:
+    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
         """Adds the address alone (/32, /128), usable at once. False where any interface of this host has it already.
+        `present`: the host's addresses, for who has asked already.
 
         An IPv6 address is added as deprecated (preferred lifetime 0), so that the host does not choose it as the source
         of its own connections: RFC 6724, rule 3.
         """
-        if address in await self.addresses():
+        if address in (await self.addresses() if present is None else present):
             return False
         options = {"flags": IFA_F_NODAD, "preferred_lft": 0} if address.version == 6 else {}
         try:

@@ -31,11 +31,11 @@ class MapWriter:
     hands gives unknown flows to its previous backend.
     """
 
-    def __init__(self, plane: Dataplane, key: HashKey, clock: Clock, window: int) -> None:
+    def __init__(self, plane: Dataplane, key: HashKey, clock: Clock) -> None:
         self._plane = plane
         self._key = key
         self._clock = clock
-        self._window = window
+        self.window = 0
 
     def apply(self, operation: Operation) -> None:
         plane = self._plane
@@ -66,7 +66,7 @@ class MapWriter:
             return
         first, size = put.origin
         old = first + np.arange(len(table)) % size
-        words, transitions = flows.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, self._window)
+        words, transitions = flows.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, self.window)
         plane.transitions[here] = transitions
         plane.slots[here] = words
 

@@ -605,9 +605,9 @@ def test_one_mistake_does_not_bring_up_others(text: str, mistake: str) -> None:
     assert mistakes(text) == [mistake]
 
 
-def many(services: int, backends: int) -> str:
+def many(services: int, backends: int, first: int = 0) -> str:
     lines = ["services:"]
-    for s in range(services):
+    for s in range(first, first + services):
         lines += [f"  - name: s{s}", f"    listen: 203.{s >> 16}.{s >> 8 & 255}.{s & 255}:80", "    backends:"]
         lines += [f"      - {{address: 10.{b >> 16}.{b >> 8 & 255}.{b & 255}}}" for b in range(1, backends + 1)]
     return "\n".join(lines)
@@ -626,10 +626,11 @@ def test_too_many_backends_in_a_service() -> None:
 
 
 def test_too_many_backends_in_all() -> None:
-    text = many(16, 4096)
+    assert sum(len(service.backends) for service in config.parse(many(16, 4096), "FILE").services) == 65536
+    text = many(16, 4096) + "\n" + many(1, 1, first=16).split("\n", 1)[1]
     assert mistakes(text) == [
-        f"FILE:{len(text.splitlines())}: services[15].backends[4095]: "
-        "65536 backends in all are too many; 65535 are possible"
+        f"FILE:{len(text.splitlines())}: services[16].backends[0]: "
+        "65537 backends in all are too many; 65536 are possible"
     ]
 
 

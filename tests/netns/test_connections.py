@@ -1,0 +1,125 @@
+"""The pool changes, the daemon is killed: open connections do not notice, also those that are silent meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from stage import NO_CHECK, VIP, KeptConnection, at, backends_of, balancing, fetch, kept_connection, service
+
+from xdplb.errors import XdplbError
+from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.model import Forward
+
+CONNECTIONS = 240
+"""Of which every fourth is silent from beginning to end."""
+ON_EACH = 3
+"""A backend must have at least so many of them: 5 backends, 48 on average."""
+
+
+@pytest.fixture(scope="module")
+def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
+    with Laboratory(Shape.ONE_ARMED, backends=6) as laboratory:
+        laboratory.prepare(Forward.NAT)
+        for host in laboratory.backends:
+            WebServer(host).start()
+        yield laboratory
+
+
+@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+class Crowd:
+    """Open connections, each of which has to stay with the backend that it has."""
+
+    def __init__(self, lab: Laboratory, version: int, stack: ExitStack) -> None:
+        address = VIP[version]
+        opened = [stack.enter_context(kept_connection(lab.client, address)) for _ in range(CONNECTIONS)]
+        self.owners: dict[KeptConnection, str] = {connection: connection.ask() for connection in opened}
+        self._active = [connection for number, connection in enumerate(opened) if number % 4]
+
+    def on(self, backend: str) -> int:
+        return list(self.owners.values()).count(backend)
+
+    def unchanged(self, silent_too: bool = False) -> None:
+        """Each answers, and from the backend that it began with."""
+        asked = self.owners if silent_too else self._active
+        assert {c: c.ask() for c in asked} == {c: self.owners[c] for c in asked}
+
+
+def web(lab: Laboratory, version: int, count: int = 5, **weights: int) -> dict[str, Any]:
+    backends: list[dict[str, Any]] = [
+        {**backend, "weight": weights.get(backend["name"], 10)} for backend in backends_of(lab, version)[:count]
+    ]
+    return service("web", at(VIP[version], 80), backends, check=NO_CHECK)
+
+
+def test_no_change_of_the_pool_and_no_death_of_the_daemon_breaks_a_connection(lab: Laboratory, version: int) -> None:
+    with balancing(lab, web(lab, version)) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab, version, stack)
+        assert all(crowd.on(host.name) >= ON_EACH for host in lab.backends[:5])
+
+        balancer.cli("backend", "drain", "web/backend1")
+        crowd.unchanged()
+        assert "backend1" not in {fetch(lab.client, VIP[version], 80) for _ in range(40)}
+
+        balancer.reload(web(lab, version, backend2=40, backend3=5))
+        crowd.unchanged()
+        balancer.reload(web(lab, version, count=6))
+        crowd.unchanged()
+        balancer.cli("backend", "ready", "web/backend1")
+        crowd.unchanged()
+
+        balancer.kill()
+        crowd.unchanged()
+        balancer.up()
+        crowd.unchanged()
+
+        for number in range(10):
+            balancer.reload(web(lab, version, backend4=10 + 10 * (number % 2)))
+            crowd.unchanged()
+        crowd.unchanged(silent_too=True)
+
+
+def test_only_the_connections_of_a_backend_that_is_taken_out_end(lab: Laboratory, version: int) -> None:
+    with balancing(lab, web(lab, version)) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab, version, stack)
+        balancer.cli("backend", "maint", "web/backend1")
+        lost = [connection for connection, owner in crowd.owners.items() if owner == "backend1"]
+        for connection in lost:
+            with pytest.raises(OSError):
+                connection.ask()
+            del crowd.owners[connection]
+        kept = {c: c.ask() for c in crowd.owners}
+        assert kept == crowd.owners
+        balancer.cli("backend", "ready", "web/backend1")
+        assert {c: c.ask() for c in crowd.owners} == crowd.owners
+
+
+def test_maps_that_grow_take_all_connections_along(lab: Laboratory) -> None:
+    with balancing(lab, web(lab, 4)) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab, 4, stack)
+        balancer.cli("backend", "drain", "web/backend1")
+        crowd.unchanged()
+        before = set(balancer.pins.iterdir())
+        balancer.reload(web(lab, 4), _crowded())
+        assert set(balancer.pins.iterdir()) != before
+        crowd.unchanged(silent_too=True)
+
+
+def _crowded() -> dict[str, Any]:
+    """A service of more backends than the first maps hold; none of them has to exist."""
+    backends = [{"address": f"10.0.{4 + (n >> 8)}.{n & 255}"} for n in range(1200)]
+    return service("crowded", at("203.0.113.77", 80), backends, check=NO_CHECK)
+
+
+def test_a_mistake_in_the_file_breaks_nothing(lab: Laboratory) -> None:
+    with balancing(lab, web(lab, 4)) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab, 4, stack)
+        with pytest.raises(XdplbError):
+            balancer.reload({**web(lab, 4), "schedular": "maglev"})
+        crowd.unchanged(silent_too=True)
