@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from xdplb import benchtables, bpfsys, bundle, config, dataplane, paths, specialise
+from xdplb import benchtables, bpfsys, bundle, churn, config, dataplane, paths, specialise
 from xdplb.abi import SLOT_IN_TRANSITION, FlowTimes, defines
 from xdplb.bundle import HashKey
 from xdplb.clock import clock
@@ -251,7 +251,7 @@ def show(result: dict[str, Any]) -> Table:
 def main(arguments: Sequence[str]) -> int:
     """`xdplb bench` and `scripts/bench`."""
     parser = argparse.ArgumentParser(prog="xdplb bench", description=__doc__)
-    parser.add_argument("what", choices=("packet-path", "tables"), nargs="?", default="packet-path")
+    parser.add_argument("what", choices=("packet-path", "tables", "churn"), nargs="?", default="packet-path")
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help=f"interleaved rounds, at least {ROUNDS} for figures to quote"
@@ -261,6 +261,9 @@ def main(arguments: Sequence[str]) -> int:
     with console.status("compiling") as status:
         if options.what == "tables":
             result, table = benchtables.measure(options.rounds, machine()), benchtables.show
+        elif options.what == "churn":
+            status.update("replaying four times")
+            result, table = churn.measure(machine()), churn.show
         else:
             result, table = packet_path(options.rounds, status.update), show
     if options.output == "json":

@@ -313,6 +313,7 @@ BUSY_OWNER = """
 import os, signal, sys, threading
 from xdplb.lab import HttpLoad, Laboratory, WebServer
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may have had it ignored
 for argument in sys.argv[1:]:
     number, delay_s = argument.split("@")
     timer = threading.Timer(float(delay_s), os.kill, (os.getpid(), int(number)))

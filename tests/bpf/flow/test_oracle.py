@@ -1,0 +1,22 @@
+"""Thousands of flows and dozens of changes of the pool, replayed: nothing breaks that did not have to."""
+
+from __future__ import annotations
+
+import pytest
+
+from xdplb import churn
+
+FLOWS, TICKS, CHANGES = 20_000, 1500, 42
+
+
+@pytest.mark.parametrize("flood", [False, True], ids=["quiet", "under a flood of SYNs"])
+def test_no_flow_breaks_but_those_of_failed_and_removed_backends(bpf_able: None, flood: bool) -> None:
+    outcome = churn.replay(FLOWS, TICKS, CHANGES, flood=flood)
+    assert outcome.changes == CHANGES
+    assert outcome.packets > 3 * FLOWS
+    assert outcome.excused > 0
+    assert (outcome.broken, outcome.new_on_draining) == (0, 0)
+
+
+def test_without_a_window_flows_break(bpf_able: None) -> None:
+    assert churn.replay(FLOWS, TICKS, CHANGES, window=0).broken > 50
