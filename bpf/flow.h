@@ -230,13 +230,14 @@ static __always_inline void refresh_flow(__u64 *place, const struct flow *flow, 
 
 /*
  * Where a packet goes whose slot is in transition, or whose slot's backend is down; remembers what must be remembered.
- * `slot` is the word, `index` its place.
+ * `slot` is the word, `index` its place. The scheduler's loop stands here once only: the verifier follows it each time.
  */
 static __always_inline struct backend *recall(const struct flow *flow, __u32 slot, __u32 index, __u32 *id)
 {
 	struct flow_set *set = find_set(flow);
 	__u32 zero = 0, place, former_id = 0;
 	struct flow_counters *counters = flow_counters.lookup(&zero);
+	const bool stateless = flow->service->flags & SERVICE_STATELESS;
 	struct backend *backend, *former;
 	__u64 word;
 
@@ -244,7 +245,7 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 		return NULL;
 	place = find_flow(set, flow->key);
 	word = *way(set, place);
-	if (place < WAYS && !flow->opening) {
+	if (place < WAYS && !flow->opening && !stateless) {
 		backend = find_remembered(flow, word, id);
 		if (backend) {
 			counters->recalled++;
@@ -252,13 +253,13 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 			return backend;
 		}
 	}
-	former = find_former(flow, slot, index, &former_id);
+	former = stateless ? NULL : find_former(flow, slot, index, &former_id);
 	backend = former;
 	*id = former_id;
 	if (flow->opening || !former)
 		backend = schedule(flow->service, flow->hash, id);
-	if (!backend)
-		return NULL;
+	if (!backend || stateless)
+		return backend;
 	if (place < WAYS) { /* its backend is gone, or its ports begin anew */
 		*way(set, place) = flow_word(flow, *id);
 		return backend;

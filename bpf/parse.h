@@ -73,6 +73,15 @@ static __always_inline __be32 unmapped(const struct address *address)
 	return address->lo >> 32;
 }
 
+/* A length to compute pointers with. Verifiers before Linux 6.6 know no bounds of a number whose bytes were swapped. */
+static __always_inline __u32 wire_length(__be16 field)
+{
+	__u32 length = be16(field);
+
+	asm volatile("" : "+r"(length));
+	return length & 0xffff;
+}
+
 /* Does the frame end before `length` bytes after `start`? */
 static __always_inline bool ends_before(const struct packet *p, void *start, __u32 length)
 {
@@ -90,7 +99,7 @@ static __always_inline enum parsed parse_ipv4(struct packet *p, const bool full)
 	p->source = mapped(ip->source);
 	p->destination = mapped(ip->destination);
 	p->protocol = ip->protocol;
-	p->length = be16(ip->length);
+	p->length = wire_length(ip->length);
 	p->transport = ip + 1;
 	if (!full && (ip->version_ihl != 0x45 || ip->fragment & be16(IP_MF | IP_OFFSET)))
 		return PARSE_FULL;
@@ -157,7 +166,7 @@ static __always_inline enum parsed parse_ipv6(struct packet *p, const bool full)
 	p->source = (struct address){ .hi = ip->source[0], .lo = ip->source[1] };
 	p->destination = (struct address){ .hi = ip->destination[0], .lo = ip->destination[1] };
 	p->protocol = ip->next_header;
-	p->transport_length = be16(ip->payload_length);
+	p->transport_length = wire_length(ip->payload_length);
 	p->length = sizeof(*ip) + p->transport_length;
 	p->transport = ip + 1;
 	if (is_mapped(&p->source) || is_mapped(&p->destination))

@@ -34,8 +34,6 @@ static __always_inline struct backend *find_flow_backend(const struct packet *p,
 
 	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
 		return backend;
-	if (service->flags & SERVICE_STATELESS)
-		return schedule(service, hash, id);
 	flow.key = flow_key(service, service_id, hash, p->ports);
 	flow.tick = current_tick();
 	flow.state = flow_state(p);

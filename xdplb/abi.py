@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-RESCHEDULE_TRIES = 16
+RESCHEDULE_TRIES = 8
 """How often a flow whose backend is down is hashed again before the service counts as having none."""
 
 MAX_SERVICES = 4096

@@ -14,7 +14,7 @@ from reference import Hash
 
 Address = IPv4Address | IPv6Address
 
-TRIES = 16
+TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
