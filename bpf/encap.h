@@ -38,18 +38,16 @@ static __always_inline void write_outer_ipv4(struct ipv4hdr *ip, const struct ou
 {
 	__be32 source = unmapped(&outer->backend->source) | (outer->backend->source_spread & outer->hash);
 	__be32 destination = unmapped(&outer->backend->address);
+	__u32 *words = (__u32 *)ip;
 	__u64 sum;
 
-	ip->version_ihl = 0x45;
-	ip->tos = outer->traffic_class;
-	ip->length = be16(length);
-	ip->id = 0; /* never fragmented: atomic, RFC 6864 */
-	ip->fragment = be16(IP_DF);
+	words[0] = be16(0x4500 | outer->traffic_class) | (__u32)be16(length) << 16;
+	words[1] = (__u32)be16(IP_DF) << 16; /* id 0, never fragmented: atomic, RFC 6864 */
 	ip->ttl = OUTER_TTL;
 	ip->protocol = outer->protocol;
 	ip->source = source;
 	ip->destination = destination;
-	sum = be16(0x4500 | outer->traffic_class) + be16(length) + be16(IP_DF) + be16(OUTER_TTL << 8 | outer->protocol);
+	sum = csum_add32(be16(IP_DF) + be16(OUTER_TTL << 8 | outer->protocol), words[0]);
 	ip->check = ~csum_fold(csum_add32(csum_add32(sum, source), destination));
 }
 
