@@ -73,7 +73,7 @@ static __always_inline __be32 unmapped(const struct address *address)
 	return address->lo >> 32;
 }
 
-/* A length to compute pointers with. The verifier of Linux 6.1 knows no bounds of a number whose bytes were swapped. */
+/* A length to compute pointers with. To the verifiers of Linux 6.1 and 6.12 a number whose bytes were swapped has no bounds. */
 static __always_inline __u32 wire_length(__be16 field)
 {
 	__u32 length = be16(field);
