@@ -123,7 +123,7 @@ class Commands:
 
 def changes(old: Config, new: Config) -> Iterator[JSON]:
     """What differs, service by service and backend by backend."""
-    for name in ("tunnel_source4", "tunnel_source6", "flow_cache"):
+    for name in ("tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
         if getattr(old, name) != getattr(new, name):
             yield {"kind": "change", "what": name, "detail": f"{getattr(old, name)} -> {getattr(new, name)}"}
     for name in ("interfaces", "hash_key"):
@@ -145,7 +145,19 @@ def changes(old: Config, new: Config) -> Iterator[JSON]:
 
 
 def _service_changes(old: Service, new: Service) -> Iterator[JSON]:
-    for name in ("listen", "forward", "scheduler", "check", "on_all_down", "gue_port", "on_down", "flows"):
+    for name in (
+        "listen",
+        "forward",
+        "scheduler",
+        "check",
+        "on_all_down",
+        "gue_port",
+        "on_down",
+        "flows",
+        "affinity",
+        "slow_start_s",
+        "on_remove",
+    ):
         if getattr(old, name) != getattr(new, name):
             detail = (
                 f"{name} {_shown(getattr(old, name))} -> {_shown(getattr(new, name))}" if name != "check" else "check"

@@ -37,10 +37,17 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         rules.backends_are_reachable(draft, report)
         rules.weights(draft, report)
         rules.checks(draft, report)
+        rules.memory(draft, report)
     report.raise_if_any(hint)
     services = tuple(_service(draft) for draft in drafts)
     return model.Config(
-        tuple(file.interfaces), services, file.hash_key, tunnel_source4, tunnel_source6, _flow_cache(file.flow_cache)
+        tuple(file.interfaces),
+        services,
+        file.hash_key,
+        tunnel_source4,
+        tunnel_source6,
+        _flow_cache(file.flow_cache),
+        file.on_control_loss,
     )
 
 
@@ -66,6 +73,9 @@ def _service(draft: Draft) -> model.Service:
         gue_port=settings.gue_port,
         on_down=settings.on_down,
         flows=settings.flows,
+        affinity=settings.affinity,
+        slow_start_s=settings.slow_start,
+        on_remove=settings.on_remove,
     )
 
 

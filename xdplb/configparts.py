@@ -22,13 +22,15 @@ from xdplb import model
 from xdplb.configvalues import (
     DURATION,
     NAME,
-    Affinity,
+    AffinityWord,
+    ControlLoss,
     Endpoint,
     choice,
     parse_affinity,
     parse_allow,
     parse_check_host,
     parse_check_path,
+    parse_control_loss,
     parse_deny,
     parse_endpoint,
     parse_expect,
@@ -42,11 +44,31 @@ from xdplb.configvalues import (
     parse_slow_start,
     parse_tunnel_prefix,
 )
-from xdplb.model import CheckType, FlowMemory, Forward, Listen, Network, OnAllDown, OnDown, Scheduler
+from xdplb.model import (
+    Affinity,
+    CheckType,
+    FlowMemory,
+    Forward,
+    Listen,
+    Network,
+    OnAllDown,
+    OnDown,
+    OnRemove,
+    Scheduler,
+)
 
 
 def _words(available: type[StrEnum]) -> WithJsonSchema:
     return WithJsonSchema({"enum": [member.value for member in available]})
+
+
+def _word_or_settings(available: type[StrEnum], **settings: str) -> WithJsonSchema:
+    """Any of the words, or the last one with settings of these JSON types."""
+    properties = {key: {"type": kind} for key, kind in settings.items()}
+    inner = {"type": "object", "properties": properties, "additionalProperties": False}
+    last = list(available)[-1].value
+    mapping = {"type": "object", "properties": {last: inner}, "additionalProperties": False}
+    return WithJsonSchema({"anyOf": [{"enum": [member.value for member in available]}, mapping]})
 
 
 _DURATION_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{DURATION.pattern}$"}, {"const": 0}]})
@@ -119,21 +141,31 @@ class SettingsPart(Part):
     )
     scheduler: Annotated[
         Scheduler,
-        PlainValidator(choice("scheduler", Scheduler, ("rr", "wrr", "lc", "wlc", "p2c"))),
+        PlainValidator(choice("scheduler", Scheduler, ())),
         _words(Scheduler),
     ] = Scheduler.MAGLEV
-    affinity: Annotated[StrEnum, PlainValidator(parse_affinity), _words(Affinity)] = Affinity.FLOW
+    affinity: Annotated[
+        Affinity | None,
+        PlainValidator(parse_affinity),
+        _word_or_settings(AffinityWord, prefix4="integer", prefix6="integer", timeout="string"),
+    ] = None
+    """client: all flows of a client go to one backend."""
     check: CheckPart = CheckPart()
     slow_start: Annotated[float, PlainValidator(parse_slow_start), _DURATION_SCHEMA] = 0.0
+    """For how long a backend that came back or is new grows into its weight."""
     on_down: Annotated[OnDown, PlainValidator(choice("on_down policy", OnDown, ())), _words(OnDown)] = OnDown.REHASH
     """Flows of a backend that is down are scheduled anew, or kept."""
+    on_remove: Annotated[OnRemove, PlainValidator(choice("on_remove policy", OnRemove, ())), _words(OnRemove)] = (
+        OnRemove.REHASH
+    )
+    """TCP flows of a backend that is no longer in the file are scheduled anew, or get a reset."""
     on_all_down: Annotated[
         OnAllDown, PlainValidator(choice("on_all_down policy", OnAllDown, ())), _words(OnAllDown)
     ] = OnAllDown.REJECT
     flows: Annotated[FlowMemory, PlainValidator(choice("flows policy", FlowMemory, ())), _words(FlowMemory)] = (
         FlowMemory.REMEMBER
     )
-    """none for services such as DNS, whose flows are one question and one answer."""
+    """none for services such as DNS, whose flows are one question and one answer; all to have them counted."""
     allow: Annotated[list[Network], PlainValidator(parse_allow), _NETWORKS_SCHEMA] = []
     deny: Annotated[list[Network], PlainValidator(parse_deny), _NETWORKS_SCHEMA] = []
     limits: LimitsPart = LimitsPart()
@@ -192,6 +224,10 @@ class FilePart(Part):
     tunnel_source: list[Annotated[Network, PlainValidator(parse_tunnel_prefix), _TEXT_SCHEMA]] = []
     """Prefixes, one for each family, that the outer sources of encapsulated packets are drawn from."""
     flow_cache: FlowCachePart = FlowCachePart()
+    on_control_loss: Annotated[
+        float | None, PlainValidator(parse_control_loss), _word_or_settings(ControlLoss, after="string")
+    ] = None
+    """pass: without a daemon the kernel gets the services' packets, after some time; keep: balancing goes on."""
     defaults: SettingsPart = SettingsPart()
     services: list[ServicePart]
 

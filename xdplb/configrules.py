@@ -9,7 +9,7 @@ from xdplb import yamllines
 from xdplb.abi import MAX_BACKENDS
 from xdplb.configparts import BackendPart
 from xdplb.configread import Draft, Report
-from xdplb.model import Address, CheckType, Forward, Listen, Network, Protocol
+from xdplb.model import Address, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
 
 
 def service_names(drafts: Sequence[Draft], report: Report) -> None:
@@ -101,6 +101,20 @@ def checks(draft: Draft, report: Report) -> None:
     for key in ("path", "host", "expect"):
         if key in own and check.type is CheckType.TCP:
             report((*draft.path, "check", key), f"{key} means nothing to a tcp check; set type: http or https")
+
+
+def memory(draft: Draft, report: Report) -> None:
+    """What needs to remember flows cannot go with `flows: none`."""
+    settings = draft.settings
+    if settings.flows is not FlowMemory.NONE or {"flows", "scheduler", "affinity"} & draft.doubt:
+        return
+    scheduler, protocol = settings.scheduler, draft.own.listen.protocol
+    if scheduler in (Scheduler.LC, Scheduler.WLC, Scheduler.P2C):
+        report((*draft.path, "flows"), f"scheduler {scheduler} counts flows, which takes remembering them")
+    elif not scheduler.hashes and protocol is Protocol.TCP:
+        report((*draft.path, "flows"), f"scheduler {scheduler} would tear connections that nobody remembers apart")
+    elif not scheduler.hashes and settings.affinity is not None:
+        report((*draft.path, "flows"), f"affinity: client takes remembering clients where the scheduler is {scheduler}")
 
 
 def total(drafts: Sequence[Draft], report: Report) -> None:

@@ -9,9 +9,12 @@ from enum import StrEnum
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import NamedTuple
 
-from xdplb.model import Address, Listen, Network, Protocol
+from xdplb.model import Address, Affinity, Listen, Network, Protocol
+
+Settings = Mapping[str, object]
 
 MAX_IDLE_S = 2040
+DEFAULT_CONTROL_LOSS_S = 30.0
 
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
@@ -245,27 +248,75 @@ def parse_expect(value: object) -> tuple[tuple[int, int], ...]:
     return tuple(ranges)
 
 
-class Affinity(StrEnum):
+class AffinityWord(StrEnum):
     FLOW = "flow"
+    CLIENT = "client"
 
 
-_affinity_word = choice("affinity", Affinity, ("client",))
+class ControlLoss(StrEnum):
+    KEEP = "keep"
+    PASS = "pass"
 
 
-def parse_affinity(value: object) -> StrEnum:
-    """A word, or a mapping of the word to its settings, of which `flow` has none."""
-    if isinstance(value, dict) and len(value) == 1:
-        word, settings = next(iter(value.items()))
-        if word == Affinity.FLOW and settings:
-            raise ValueError("flow has no settings; write affinity: flow")
-        return _affinity_word(word)
-    return _affinity_word(value)
+_affinity_word = choice("affinity", AffinityWord, ())
+_control_loss_word = choice("on_control_loss policy", ControlLoss, ())
+
+
+def _word_and_settings(value: object, parse: Callable[[object], StrEnum], known: Sequence[str]) -> tuple[str, Settings]:
+    """A word, or a mapping of it to its settings; `known` are those of the last of the words, the others have none."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return parse(value), {}
+    word, settings = next(iter(value.items()))
+    parsed = parse(word)
+    if settings in (None, {}):
+        return parsed, {}
+    if parsed is not list(type(parsed))[-1]:
+        raise ValueError(f"{parsed} has no settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"the settings of {parsed} must be a mapping, but are {told(settings)}")
+    for key in settings:
+        if key not in known:
+            guess = did_you_mean(str(key), known) or f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown key {key!r}{guess}")
+    return parsed, settings
+
+
+def _setting_number(settings: Settings, key: str, default: int, most: int) -> int:
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{key} must be a whole number from 1 to {most}, but is {told(value)}")
+    return value
+
+
+def parse_affinity(value: object) -> Affinity | None:
+    """`flow`, `client`, or `client: {prefix4: 32, prefix6: 128, timeout: 5m}` as a mapping; None for `flow`."""
+    word, settings = _word_and_settings(value, _affinity_word, ("prefix4", "prefix6", "timeout"))
+    if word == AffinityWord.FLOW:
+        return None
+    default = Affinity()
+    return Affinity(
+        _setting_number(settings, "prefix4", default.prefix4, 32),
+        _setting_number(settings, "prefix6", default.prefix6, 128),
+        parse_idle(settings["timeout"]) if "timeout" in settings else default.timeout_s,
+    )
+
+
+def parse_control_loss(value: object) -> float | None:
+    """`keep`, `pass`, or `pass: {after: 30s}` as a mapping; None for `keep`, else seconds."""
+    word, settings = _word_and_settings(value, _control_loss_word, ("after",))
+    if word == ControlLoss.KEEP:
+        return None
+    seconds = parse_duration(settings["after"]) if "after" in settings else DEFAULT_CONTROL_LOSS_S
+    if not 3 <= seconds <= 86_400:
+        raise ValueError(f"after must be from 3s to 24h, but is {settings['after']}")
+    return seconds
 
 
 def parse_slow_start(value: object) -> float:
-    if parse_duration(value) != 0:
-        raise ValueError("slow_start is not available yet; only 0s is possible")
-    return 0.0
+    seconds = parse_duration(value)
+    if seconds > 3600:
+        raise ValueError(f"{shown(value)} is too long; up to 1h is possible")
+    return seconds
 
 
 def parse_idle(value: object) -> float:

@@ -38,10 +38,21 @@ class Forward(enum.StrEnum):
 
 
 class Scheduler(enum.StrEnum):
-    """How a new flow finds its backend."""
+    """How a new flow finds its backend: by a hash alone; or in turn (rr, wrr), where it is least busy (lc, wlc) or less
+    so of two (p2c), which takes a memory of all flows. All go by the weights.
+    """
 
     MAGLEV = "maglev"
     SOURCE_HASH = "source-hash"
+    RR = "rr"
+    WRR = "wrr"
+    LC = "lc"
+    WLC = "wlc"
+    P2C = "p2c"
+
+    @property
+    def hashes(self) -> bool:
+        return self in (Scheduler.MAGLEV, Scheduler.SOURCE_HASH)
 
 
 class OnAllDown(enum.StrEnum):
@@ -56,10 +67,18 @@ class OnDown(enum.StrEnum):
     KEEP = "keep"
 
 
+class OnRemove(enum.StrEnum):
+    """What becomes of the TCP flows of a backend that the configuration drops."""
+
+    REHASH = "rehash"
+    RESET = "reset"
+
+
 class FlowMemory(enum.StrEnum):
-    """Whether flows that a change of the pool could break are remembered."""
+    """Which flows are remembered: those that a change of the pool could break, all (to have them counted), or none."""
 
     REMEMBER = "remember"
+    ALL = "all"
     NONE = "none"
 
 
@@ -136,6 +155,17 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Affinity:
+    """All flows of a client, which is a prefix of so many bits, go to one backend; forgotten when it is silent for so
+    long.
+    """
+
+    prefix4: int = 32
+    prefix6: int = 128
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """One server of a service. `port` is None where it takes the packet's own destination port."""
 
@@ -165,6 +195,14 @@ class Service:
     gue_port: int = 6080
     on_down: OnDown = OnDown.REHASH
     flows: FlowMemory = FlowMemory.REMEMBER
+    affinity: Affinity | None = None
+    slow_start_s: float = 0.0
+    on_remove: OnRemove = OnRemove.REHASH
+
+    @property
+    def remembers_all(self) -> bool:
+        """Whether all its flows are in the flow cache, settled or not."""
+        return self.flows is FlowMemory.ALL or (self.flows is FlowMemory.REMEMBER and not self.scheduler.hashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +225,8 @@ class Config:
 
     `tunnel_source4` and `tunnel_source6` are the prefixes out of which the outer source address of encapsulated
     packets is drawn per flow (so that backends spread them over their receive queues); None means the gateway's own
-    address.
+    address. `control_loss_s`: after so many seconds without a daemon the kernel gets the services' packets; None:
+    balancing goes on.
     """
 
     interfaces: tuple[str, ...]
@@ -196,6 +235,7 @@ class Config:
     tunnel_source4: IPv4Network | None = None
     tunnel_source6: IPv6Network | None = None
     flow_cache: FlowCache = FlowCache()
+    control_loss_s: float | None = None
 
 
 class BackendKey(tuple[str, str]):

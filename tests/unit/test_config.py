@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from xdplb import config, configvalues
 from xdplb.errors import ConfigError
 from xdplb.model import (
+    Affinity,
     Backend,
     Check,
     CheckType,
@@ -203,6 +204,25 @@ def test_two_nat_services_may_share_a_backend_port() -> None:
     assert len(config.parse(text, "FILE").services) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "mistake"),
+    [
+        ("scheduler: lc", "scheduler lc counts flows, which takes remembering them"),
+        ("scheduler: rr", "scheduler rr would tear connections that nobody remembers apart"),
+    ],
+)
+def test_no_memory_where_one_is_needed(settings: str, mistake: str) -> None:
+    assert mistakes(service(f"flows: none\n{settings}")) == [f"FILE:5: services[0].flows: {mistake}"]
+
+
+def test_affinity_and_control_loss_take_settings() -> None:
+    assert only(service("affinity: client")).affinity == Affinity(32, 128, 300.0)
+    affinity = only(service("affinity: {client: {prefix4: 24, prefix6: 56, timeout: 10m}}")).affinity
+    assert affinity == Affinity(24, 56, 600.0)
+    for text, seconds in (("keep", None), ("pass", 30.0), ("{pass: {after: 5s}}", 5.0)):
+        assert config.parse(f"on_control_loss: {text}\n{service()}", "FILE").control_loss_s == seconds
+
+
 SETTING_MISTAKES = [
     ("schedular: maglev", "services[0]: unknown key 'schedular', did you mean 'scheduler'?"),
     (
@@ -211,21 +231,32 @@ SETTING_MISTAKES = [
         "type, interval, fast_interval, timeout, rise, fall, port, path, host, expect",
     ),
     (
-        "scheduler: rr",
-        "services[0].scheduler: scheduler 'rr' is not available yet; available: maglev, source-hash",
+        "scheduler: rnd",
+        "services[0].scheduler: rnd is not a scheduler; available: maglev, source-hash, rr, wrr, lc, wlc, p2c",
     ),
     ("scheduler: maglve", "services[0].scheduler: maglve is not a scheduler, did you mean 'maglev'?"),
-    ("scheduler: 3", "services[0].scheduler: 3 is not a scheduler; available: maglev, source-hash"),
+    (
+        "scheduler: 3",
+        "services[0].scheduler: 3 is not a scheduler; available: maglev, source-hash, rr, wrr, lc, wlc, p2c",
+    ),
     (
         "forward: full-nat",
         "services[0].forward: forward mode 'full-nat' is not available yet; available: nat, dsr, ipip, gue",
     ),
-    ("affinity: client", "services[0].affinity: affinity 'client' is not available yet; available: flow"),
+    ("affinity: clinet", "services[0].affinity: clinet is not an affinity, did you mean 'client'?"),
     (
-        "affinity: {client: {prefix4: 32}}",
-        "services[0].affinity: affinity 'client' is not available yet; available: flow",
+        "affinity: {client: {prefix4: 33}}",
+        "services[0].affinity: prefix4 must be a whole number from 1 to 32, but is 33",
     ),
-    ("affinity: {flow: {x: 1}}", "services[0].affinity: flow has no settings; write affinity: flow"),
+    ("affinity: {client: {prefix: 24}}", "services[0].affinity: unknown key 'prefix', did you mean 'prefix6'?"),
+    (
+        "affinity: {client: {timeout: 5}}",
+        "services[0].affinity: 5 has no unit; write 5s for seconds (units: ms, s, m, h)",
+    ),
+    ("affinity: {client: {timeout: 2h}}", "services[0].affinity: must be from 1s to 34m, but is 2h"),
+    ("affinity: {client: 24}", "services[0].affinity: the settings of client must be a mapping, but are 24"),
+    ("affinity: {flow: {x: 1}}", "services[0].affinity: flow has no settings"),
+    ("on_remove: rset", "services[0].on_remove: rset is not an on_remove policy, did you mean 'reset'?"),
     *(
         (
             f"check: {word}",
@@ -274,11 +305,11 @@ SETTING_MISTAKES = [
         "check: {path: /healthz}",
         "services[0].check.path: path means nothing to a tcp check; set type: http or https",
     ),
-    ("slow_start: 30s", "services[0].slow_start: slow_start is not available yet; only 0s is possible"),
+    ("slow_start: 2h", "services[0].slow_start: 2h is too long; up to 1h is possible"),
     ("on_down: kepe", "services[0].on_down: kepe is not an on_down policy, did you mean 'keep'?"),
     ("on_down: drop", "services[0].on_down: drop is not an on_down policy; available: rehash, keep"),
     ("flows: nono", "services[0].flows: nono is not a flows policy, did you mean 'none'?"),
-    ("flows: true", "services[0].flows: true is not a flows policy; available: remember, none"),
+    ("flows: true", "services[0].flows: true is not a flows policy; available: remember, all, none"),
     (
         "on_all_down: fail-opn",
         "services[0].on_all_down: fail-opn is not an on_all_down policy, did you mean 'fail-open'?",
@@ -638,8 +669,8 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "xdplb.yaml"
     path.write_text("\ufeff" + EXAMPLE, encoding="utf-8")
     assert config.load(path) == config.parse(EXAMPLE, "FILE")
-    path.write_text(service("scheduler: rr"))
-    with pytest.raises(ConfigError, match="scheduler 'rr' is not available yet") as caught:
+    path.write_text(service("scheduler: rnd"))
+    with pytest.raises(ConfigError, match="rnd is not a scheduler") as caught:
         config.load(path)
     assert caught.value.mistakes[0].startswith(f"{path}:5: services[0].scheduler: ")
 
