@@ -175,7 +175,7 @@ def map_shape(descriptor: int) -> MapShape:
 
 def is_map(descriptor: int) -> bool:
     """Rather than a program or a link, which can be pinned as well."""
-    return os.readlink(f"/proc/self/fd/{descriptor}").endswith("bpf-map")
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith("bpf-map")
 
 
 def map_memory(descriptor: int) -> mmap.mmap:
