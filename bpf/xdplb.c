@@ -5,6 +5,7 @@
  * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
  * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
  * `xdplb_answer` makes the balancer's own replies. The first calls the others (tail calls), which begin again with the frame.
+ * `xdplb_explain` is called by nobody but the control plane, with packets that it made up.
  */
 #include "abi.h"
 #include "maps.h"
@@ -23,6 +24,7 @@
 #include "fragment.h"
 #include "icmp.h"
 #include "answer.h"
+#include "explain.h"
 
 /* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
 static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
@@ -200,4 +202,30 @@ int xdplb_answer(struct xdp_md *ctx)
 		return drop(errand->service, REASON(unanswerable));
 	count_reason(errand->service, REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
+}
+
+int xdplb_explain(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct address_entry *from, *to;
+	struct explanation *found;
+	__u32 zero = 0, id;
+
+	found = explanations.lookup(&zero);
+	if (!found)
+		return XDP_ABORTED;
+	*found = (struct explanation){};
+	if (parse_network(p, ctx, false) != PARSED || parse_transport(p, false) != PARSED)
+		return XDP_PASS;
+	to = find_address(&p->destination);
+	if (to && to->services.count) {
+		id = find_interval(to->services, port_key(p->protocol, destination_port(p)));
+		found->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
+		return id ? explain_balance(p, id, found) : XDP_PASS;
+	}
+	from = HAVE_NAT ? find_address(&p->source) : NULL;
+	if (!from || !from->replies.count)
+		return XDP_PASS;
+	id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p), p->protocol);
+	return id ? explain_reply(p, id, found) : XDP_PASS;
 }

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What would become of a packet, and why: the same look-ups as for real ones, the same changes, but without a trace. Nothing is
+ * counted, nothing is remembered, nobody is answered. Returns the verdict that the packet would get.
+ *
+ * Only test runs come here, with packets that the control plane makes: plain ones, so that the quick parser does.
+ */
+#ifndef XDPLB_EXPLAIN_H
+#define XDPLB_EXPLAIN_H
+
+#include "flow.h"
+#include "forward.h"
+#include "nat.h"
+
+/* Of use to nobody but who asked, so not pinned. */
+BPF_F_TABLE("array", __u32, struct explanation, explanations, 1, BPF_F_MMAPABLE);
+
+/* The choice of xdplb.c's find_flow_backend, and what else was to choose from. */
+static __always_inline struct backend *explain_choice(const struct flow *flow, struct explanation *found)
+{
+	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id;
+	struct flow_set *set = find_set(flow);
+	struct backend *backend = find_backend(slot, &id);
+	__u32 place = set ? find_flow(set, flow->key) : WAYS;
+
+	found->slots = flow->service->slot_mask + 1;
+	found->slot = (__u32)flow->hash & flow->service->slot_mask;
+	found->slot_word = slot;
+	found->transition = read_transition(index);
+	found->tick = flow->tick;
+	if (set && place < WAYS)
+		found->remembered = *way(set, place);
+	if (slot & SLOT_IN_TRANSITION || !backend || !(backend->flags & BACKEND_UP))
+		backend = look_up_flow(flow, slot, index, &id);
+	found->backend = backend ? id : 0;
+	if (find_former(flow, slot, index, &id))
+		found->former = id;
+	if (schedule(flow->service, flow->hash, &id))
+		found->scheduled = id;
+	return backend;
+}
+
+static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct explanation *found)
+{
+	struct service *service = services.lookup(&service_id);
+	struct flow flow = { .service = service, .service_id = service_id };
+	struct backend *backend;
+
+	if (!service)
+		return XDP_PASS;
+	found->service = service_id;
+	found->service_flags = service->flags;
+	flow.hash = hash_flow(&p->source, p->ports & service->ports_mask);
+	flow.key = flow_key(service, service_id, flow.hash, p->ports);
+	flow.tick = current_tick();
+	backend = explain_choice(&flow, found);
+	if (!backend)
+		return service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx)) : XDP_DROP;
+	found->ifindex = backend->ifindex;
+	found->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
+	take_hop(p);
+	return rewrite(p, service, backend, flow.hash) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+}
+
+/* nat.h's `reply`, uncounted. The largest packet is the kernel's affair. */
+static __always_inline int explain_reply(struct packet *p, __u32 id, struct explanation *found)
+{
+	struct backend *backend = backends.lookup(&id);
+	struct service *service = backend ? services.lookup(&backend->service) : NULL;
+	struct bpf_fib_lookup fib = {};
+	enum route route;
+
+	if (!service || !service->slot_mask)
+		return XDP_PASS;
+	found->subject = SUBJECT_REPLY;
+	found->service = backend->service;
+	found->backend = id;
+	route = find_route(p, &service->address, &fib);
+	if (route == ROUTE_KERNEL_UNTOUCHED)
+		return XDP_PASS;
+	translate(p, &service->address, backend->port ? service->port : 0, true);
+	if (route == ROUTE_KERNEL)
+		return XDP_PASS;
+	take_hop(p);
+	found->ifindex = fib.ifindex;
+	return address_route(p->ctx, &fib) ? way_out(p->ctx, fib.ifindex) : XDP_ABORTED;
+}
+
+#endif
