@@ -138,7 +138,7 @@ class _Story:
         }
         asked = not (found.settled or found.stateless)
         return {
-            "slot": slot if service.scheduler.hashes else None,
+            "slot": slot,
             "flow_cache": "not asked" if not asked else "hit" if found.remembered else "miss",
             "remembered": self._remembered(),
         }
@@ -184,14 +184,11 @@ class _Story:
         reason, name = found.reason, self._name(found.backend)
         if reason is Reason.NO_BACKEND:
             return self._nobody_serves(service)
-        if not service.scheduler.hashes:
-            if reason is Reason.REMEMBERED:
-                return f"remembered: this flow stays with {name}"
-            return self._forgotten() + f"not remembered: chosen like a new flow, by {service.scheduler}"
         if reason is Reason.SETTLED:
             return self._belongs()
         if reason is Reason.REMEMBERED:
-            return f"remembered: since the pool changed this flow stays with {name}"
+            since = "since the pool changed " if service.scheduler.hashes else ""
+            return f"remembered: {since}this flow stays with {name}"
         if reason is Reason.PREVIOUS:
             return self._forgotten() + self._had_it_before()
         if reason is Reason.KEPT:
@@ -221,6 +218,8 @@ class _Story:
 
     def _not_the_previous_one(self) -> str:
         found = self._found
+        if self.service is not None and not self.service.scheduler.hashes:
+            return f"not remembered, and no SYN: {self._belongs()}"
         if found.stateless:
             return f"{self._belongs()} (flows: none, so no flow stays with an earlier one)"
         if not found.ticks_left:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +198,7 @@ def note(notes: Manifest, engine: Engine) -> None:
     plane, applied = engine.plane, engine.applied
     notes.pins = str(plane.pins)
     notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}
+    notes.flow_times = asdict(plane.features.times)
     notes.counters = {name: list(plane.counter_fields(name)) for name in COUNTER_MAPS}
     backends: dict[str, dict[str, int]] = {name: {} for name in applied.services}
     for key, (id_, _) in applied.backends.items():

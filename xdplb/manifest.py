@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdplb.abi import Geometry
+from xdplb.abi import FlowTimes, Geometry
 from xdplb.errors import XdplbError
 
 VERSION = 1
@@ -32,7 +32,7 @@ class ServiceRecord:
 @dataclass(slots=True)
 class Manifest:
     """`addresses`, `sysctls` and `aggregation` are what we added and changed, `programs` the ids of what we attached.
-    `health` holds (state, reason, since) by SERVICE/BACKEND.
+    `flow_times` are the fields of FlowTimes. `health` holds (state, reason, since) by SERVICE/BACKEND.
     """
 
     interfaces: list[str]
@@ -45,12 +45,21 @@ class Manifest:
     sysctls: dict[str, str] = field(default_factory=dict)
     aggregation: dict[str, list[str]] = field(default_factory=dict)
     programs: list[int] = field(default_factory=list)
+    flow_times: dict[str, int] = field(default_factory=dict)
     version: int = VERSION
 
     def save(self, path: Path) -> None:
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(self)), encoding="utf-8")
         fresh.replace(path)
+
+    @property
+    def times(self) -> FlowTimes | None:
+        """None where another version of xdplb made the program."""
+        try:
+            return FlowTimes(**self.flow_times) if self.flow_times else None
+        except TypeError:
+            return None
 
     @property
     def map_geometry(self) -> Geometry | None:
