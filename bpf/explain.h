@@ -11,51 +11,68 @@
 #include "flow.h"
 #include "forward.h"
 #include "nat.h"
+#include "schedule.h"
 
 /* Of use to nobody but who asked, so not pinned. */
 BPF_F_TABLE("array", __u32, struct explanation, explanations, 1, BPF_F_MMAPABLE);
 
+/* Is something remembered of the flow, `*word`, and does it say where the packet goes? */
+static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
+{
+	struct flow_set *set = find_set(flow);
+	__u32 place = set ? find_flow(set, flow->key) : WAYS, id;
+
+	if (!set || place >= WAYS)
+		return false;
+	*word = *way(set, place);
+	return !(flow->service->flags & SERVICE_STATELESS) && find_remembered(flow, *word, &id);
+}
+
 /* The choice of xdplb.c's find_flow_backend, and what else was to choose from. */
 static __always_inline struct backend *explain_choice(const struct flow *flow, struct explanation *found)
 {
-	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id;
-	struct flow_set *set = find_set(flow);
-	struct backend *backend = find_backend(slot, &id);
-	__u32 place = set ? find_flow(set, flow->key) : WAYS;
+	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id = 0;
+	bool recalled = explain_memory(flow, &found->remembered);
+	struct backend *backend;
 
 	found->slots = flow->service->slot_mask + 1;
 	found->slot = (__u32)flow->hash & flow->service->slot_mask;
 	found->slot_word = slot;
 	found->transition = read_transition(index);
 	found->tick = flow->tick;
-	if (set && place < WAYS)
-		found->remembered = *way(set, place);
-	if (slot & SLOT_IN_TRANSITION || !backend || !(backend->flags & BACKEND_UP))
-		backend = look_up_flow(flow, slot, index, &id);
-	found->backend = backend ? id : 0;
-	if (find_former(flow, slot, index, &id))
-		found->former = id;
 	if (schedule(flow->service, flow->hash, &id))
 		found->scheduled = id;
+	if (find_former(flow, slot, index, &id))
+		found->former = id;
+	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(found->remembered))))
+		found->subject = SUBJECT_ORPHAN;
+	if (!recalled && HAVE_CHOICE && found->scheduled && is_to_choose(flow))
+		found->subject = SUBJECT_TO_CHOOSE;
+
+	backend = find_backend(slot, &id);
+	if (slot & SLOT_IN_TRANSITION || !backend || !(backend->flags & BACKEND_UP))
+		backend = found->subject == SUBJECT_TO_SERVICE ? look_up_flow(flow, slot, index, &id) : NULL;
+	else
+		found->subject = SUBJECT_TO_SERVICE;
+	found->backend = backend ? id : 0;
 	return backend;
 }
 
 static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct explanation *found)
 {
 	struct service *service = services.lookup(&service_id);
-	struct flow flow = { .service = service, .service_id = service_id };
 	struct backend *backend;
+	struct flow flow;
 
 	if (!service)
 		return XDP_PASS;
 	found->service = service_id;
 	found->service_flags = service->flags;
-	flow.hash = hash_flow(&p->source, p->ports & service->ports_mask);
-	flow.key = flow_key(service, service_id, flow.hash, p->ports);
-	flow.tick = current_tick();
+	flow = flow_of(p, service, service_id, hash_flow(service, &p->source, p->ports));
 	backend = explain_choice(&flow, found);
 	if (!backend)
-		return service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx)) : XDP_DROP;
+		return found->subject == SUBJECT_ORPHAN || service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx))
+											   : XDP_DROP;
 	found->ifindex = backend->ifindex;
 	found->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
 	take_hop(p);

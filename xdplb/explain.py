@@ -72,7 +72,7 @@ def answer(flow: Flow, found: Found, known: Known, interface: str, egress: str |
         "source": str(flow.source),
         "destination": f"{flow.destination}/{flow.protocol}",
         "interface": interface,
-        "verdict": found.verdict,
+        "verdict": None if found.subject is Subject.TO_CHOOSE else found.verdict,
         "service": service.name if service else None,
         "forward": service.forward.value if service else None,
         "scheduler": service.scheduler.value if service else None,
@@ -83,7 +83,7 @@ def answer(flow: Flow, found: Found, known: Known, interface: str, egress: str |
         "why": story.why(),
         "new_connection": story.new_connection(),
         "before": _headers(found.before) | {"source_mac": None} if rewritten else None,
-        "after": _headers(found.after, gue and found.subject is Subject.TO_SERVICE) if rewritten else None,
+        "after": _headers(found.after, gue and found.subject is not Subject.REPLY) if rewritten else None,
         "egress": egress,
         "largest_packet": found.largest or None,
     }
@@ -121,7 +121,7 @@ class _Story:
 
     @property
     def _to_service(self) -> Service | None:
-        return self.service if self._found.subject is Subject.TO_SERVICE else None
+        return self.service if self._found.subject is not Subject.REPLY else None
 
     def way(self) -> FlowWay:
         """Slot and flow cache, where the packet is for a service."""
@@ -164,16 +164,21 @@ class _Story:
         return str(addresses[key.backend]) if key.backend in addresses else None
 
     def new_connection(self) -> NewConnection | None:
-        """What a SYN would get, where that differs. UDP has none: a new flow is like an old one."""
+        """What a SYN would get, where that differs. UDP has none, and a client that stays where it is none that counts:
+        to both a new flow is like an old one.
+        """
         found, service = self._found, self._to_service
         if service is None or self._flow.protocol is not Protocol.TCP:
             return None
+        by_client = ServiceFlag.BY_CLIENT in found.flags
+        if by_client and (service.scheduler.hashes or found.reason is Reason.REMEMBERED):
+            return None
+        if not found.scheduled:
+            return {"backend": None, "why": self._nobody_serves(service)} if found.backend else None
         if not service.scheduler.hashes:
             return {"backend": None, "why": f"its backend is chosen at the SYN, by {service.scheduler}"}
         if found.scheduled == found.backend:
             return None
-        if not found.scheduled:
-            return {"backend": None, "why": self._nobody_serves(service)}
         why = self._belongs() if found.scheduled == found.slot_backend else self._hashed_again(found.scheduled)
         return {"backend": self._name(found.scheduled), "why": why}
 
@@ -182,19 +187,22 @@ class _Story:
         if service is None:
             return self._why_no_service()
         reason, name = found.reason, self._name(found.backend)
-        if reason is Reason.NO_BACKEND:
-            return self._nobody_serves(service)
         if reason is Reason.SETTLED:
             return self._belongs()
         if reason is Reason.REMEMBERED:
-            since = "since the pool changed " if service.scheduler.hashes else ""
-            return f"remembered: {since}this flow stays with {name}"
+            return self._stays(service)
+        if reason is Reason.NO_BACKEND:
+            return self._nobody_serves(service)
+        if reason is Reason.TO_CHOOSE:
+            return self._forgotten() + f"not remembered: its backend is chosen when it comes, by {service.scheduler}"
+        if reason is Reason.ORPHAN:
+            return "its backend was removed from the service: answered with a reset (on_remove: reset)"
         if reason is Reason.PREVIOUS:
             return self._forgotten() + self._had_it_before()
         if reason is Reason.KEPT:
             return self._forgotten() + f"{name} {self._state(found.backend)}, but keeps the flows that it has"
         if reason is Reason.CURRENT:
-            return self._forgotten() + self._not_the_previous_one()
+            return self._forgotten() + self._not_the_previous_one(service)
         return self._forgotten() + self._hashed_again(found.backend)
 
     def _why_no_service(self) -> str:
@@ -203,6 +211,12 @@ class _Story:
         if self._found.subject is Subject.OTHER_PORT:
             return f"no service listens there (that address has {self._services_there()}): the kernel gets it"
         return f"no service has the address {self._flow.destination.address}: the kernel gets it"
+
+    def _stays(self, service: Service) -> str:
+        name = self._name(self._found.backend)
+        if ServiceFlag.BY_CLIENT in self._found.flags:
+            return f"remembered: this client stays with {name}"
+        return f"remembered: {'' if service.remembers_all else 'since the pool changed '}this flow stays with {name}"
 
     def _belongs(self) -> str:
         owner = self._name(self._found.slot_backend) if self._found.slot_backend else "nobody"
@@ -216,21 +230,20 @@ class _Story:
         older = "flows older than the change" if self._flow.protocol is Protocol.TCP else "flows not remembered"
         return f"{had}: {older} stay with it, for {span(found.ticks_left * self._known.tick_s)} more"
 
-    def _not_the_previous_one(self) -> str:
-        found = self._found
-        if self.service is not None and not self.service.scheduler.hashes:
-            return f"not remembered, and no SYN: {self._belongs()}"
+    def _not_the_previous_one(self, service: Service) -> str:
+        found, previous = self._found, self._name_or_none(self._found.previous)
         if found.stateless:
             return f"{self._belongs()} (flows: none, so no flow stays with an earlier one)"
         if not found.ticks_left:
-            return f"the time of flows older than the change is over: {self._belongs()}"
-        if not found.previous:
+            over = "not remembered" if service.remembers_all else "the time of flows older than the change is over"
+            return f"{over}: {self._belongs()}"
+        if previous is None:
             return f"the backend that had the slot before is gone: {self._belongs()}"
-        return f"{self._name(found.previous)} had the slot before, but {self._state(found.previous)}: {self._belongs()}"
+        return f"{previous} had the slot before, but {self._state(found.previous)}: {self._belongs()}"
 
     def _hashed_again(self, to: int) -> str:
         owner = self._found.slot_backend
-        why = f", which {self._state(owner)}" if owner else ""
+        why = f", which {self._state(owner)}" if self._name_or_none(owner) else ""
         return f"{self._belongs()}{why}: hashed again, to {self._name(to)}"
 
     def _forgotten(self) -> str:
@@ -239,7 +252,8 @@ class _Story:
         if memory is None:
             return ""
         backend = int(memory.backend[0])
-        return f"remembered with {self._name(backend)}, which {self._state(backend)}; "
+        name = self._name_or_none(backend)
+        return f"remembered with {name or 'a backend'}, which {self._state(backend)}; "
 
     def _nobody_serves(self, service: Service) -> str:
         statuses = self._known.statuses.get(service.name, {})
@@ -269,7 +283,7 @@ class _Story:
         return translated
 
     def _name(self, backend: int) -> str:
-        return self._name_or_none(backend) or f"a backend that is gone (id {backend})"
+        return self._name_or_none(backend) or "a backend that is gone"
 
     def _name_or_none(self, backend: int) -> str | None:
         key = self._known.backends.get(backend)

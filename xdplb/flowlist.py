@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from xdplb import bpfsys
-from xdplb.abi import FlowState, FlowTimes
+from xdplb.abi import MAX_BACKEND_IDS, FlowState, FlowTimes
 from xdplb.answers import Flow, Flows
 from xdplb.clock import clock
 from xdplb.counters import open_pinned, running
@@ -53,7 +53,12 @@ def listing(
 ) -> Flows:
     """Live flows by service, backend, and idle time; `words` is the whole cache, `tick` is now."""
     used = Decoded.decode(words[words != 0], tick)
-    alive = used.live(times)
+    of_service = {id_: record for record in manifest.services.values() for id_ in record.backends.values()}
+    keep_idle = np.zeros(MAX_BACKEND_IDS, np.uint16)
+    known = np.zeros(MAX_BACKEND_IDS, np.bool_)
+    for id_, owner in of_service.items():
+        known[id_], keep_idle[id_] = True, owner.keep_idle
+    alive = used.live(times, keep_idle[used.backend]) & known[used.backend]
     flows: list[Flow] = []
     for service, record in manifest.services.items():
         for backend, id_ in record.backends.items():

@@ -53,6 +53,8 @@ def _transition(answer: Explanation) -> str:
     assert slot is not None
     if not slot["in_transition"]:
         return "settled"
+    if slot["previous"] is None and not slot["window_left_s"]:
+        return f"{slot['backend'] or 'nobody'}'s, not settled"
     left = f", for {span(slot['window_left_s'])} more" if slot["window_left_s"] else ", its time is over"
     return f"in transition to {slot['backend'] or 'nobody'}: before it was {slot['previous'] or 'nobody'}'s{left}"
 

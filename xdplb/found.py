@@ -21,9 +21,13 @@ class Reason(enum.StrEnum):
     NO_SERVICE = "no_service"
     OTHER_PORT = "other_port"
     REPLY = "reply"
-    NO_BACKEND = "no_backend"
     SETTLED = "settled"
     REMEMBERED = "remembered"
+    TO_CHOOSE = "to_choose"
+    """By the scheduler, once the packet comes."""
+    ORPHAN = "orphan"
+    """The backend was removed, and its connections are to be reset."""
+    NO_BACKEND = "no_backend"
     PREVIOUS = "previous"
     """The backend that the slot had before it changed hands."""
     KEPT = "kept"
@@ -31,6 +35,15 @@ class Reason(enum.StrEnum):
     CURRENT = "current"
     """The slot's backend, though the slot is in transition."""
     REHASHED = "rehashed"
+
+
+_OTHERS = {
+    Subject.NOBODYS: Reason.NO_SERVICE,
+    Subject.OTHER_PORT: Reason.OTHER_PORT,
+    Subject.REPLY: Reason.REPLY,
+    Subject.TO_CHOOSE: Reason.TO_CHOOSE,
+    Subject.ORPHAN: Reason.ORPHAN,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +105,8 @@ class Found:
 
     @property
     def reason(self) -> Reason:
-        match self.subject:
-            case Subject.NOBODYS:
-                return Reason.NO_SERVICE
-            case Subject.OTHER_PORT:
-                return Reason.OTHER_PORT
-            case Subject.REPLY:
-                return Reason.REPLY
+        if self.subject is not Subject.TO_SERVICE:
+            return _OTHERS[self.subject]
         if not self.backend:
             return Reason.NO_BACKEND
         if self.settled:

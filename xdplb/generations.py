@@ -211,6 +211,7 @@ def note(notes: Manifest, engine: Engine) -> None:
             forward=service.forward,
             backends=backends[service.name],
             retired=engine.retired.by_service.get(service.name, []),
+            keep_idle=int(plane.services.entries["keep_idle"][applied.services[service.name].id]),
         )
         for service in engine.config.services
         if service.name in applied.services

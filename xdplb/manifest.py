@@ -19,7 +19,9 @@ VERSION = 1
 
 @dataclass(slots=True)
 class ServiceRecord:
-    """`retired`: what its removed backends had counted, in the order of `Manifest.counters["backend_counters"]`."""
+    """`retired`: what its removed backends had counted, in the order of `Manifest.counters["backend_counters"]`;
+    `keep_idle`: for how many idle ticks its flows are remembered at least.
+    """
 
     id: int
     first_slot: int
@@ -27,6 +29,7 @@ class ServiceRecord:
     forward: str
     backends: dict[str, int]
     retired: list[int] = field(default_factory=list)
+    keep_idle: int = 0
 
 
 @dataclass(slots=True)

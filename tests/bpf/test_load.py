@@ -41,8 +41,8 @@ def features(words: str) -> abi.Features:
 def test_it_loads(pins: None, words: str) -> None:
     plane = dataplane.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
     try:
-        stages = {"xdplb_full", "xdplb_icmp", "xdplb_icmp_reply", "xdplb_answer"}
-        assert set(plane.programs) == {"xdplb", "xdplb_explain", *stages}
+        stages = {f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
+        assert set(plane.programs) == {"xdplb", "xdplb_explain", "xdplb_sweep", *stages}
         for version in (4, 6):
             packet = bytes(frame(tcp()(Flow(CLIENT[version], CLIENT[version]))))
             result = bpfsys.test_run(plane.program_fd, packet)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from flowlab import ACK, FIN, SYN, WINDOW, Lab, service
+from flowlab import ACK, FEATURES, FIN, SYN, WINDOW, Lab, loaded, service
 from flowmodel import Flow
 
 from xdplb import bpfsys, explain, frames
 from xdplb.found import Found, Reason
 from xdplb.frames import Endpoint
-from xdplb.model import Admin, BackendKey, FlowMemory, OnAllDown, OnDown, Protocol, Scheduler
+from xdplb.model import Admin, Affinity, BackendKey, FlowMemory, OnAllDown, OnDown, OnRemove, Protocol, Scheduler
 
 
 def question(lab: Lab, flow: Flow) -> frames.Flow:
@@ -31,8 +32,9 @@ def ask(lab: Lab, flow: Flow) -> Found:
 
 def traces(lab: Lab) -> tuple[Any, ...]:
     plane = lab.plane
-    per_cpu = ("flow_budgets", "flow_counters", "verdict_counters", "backend_counters", "drop_counters")
-    shared = (plane.flow_words, plane.slots, plane.transitions, plane.direct_seen)
+    counters = ("flow_counters", "verdict_counters", "backend_counters", "drop_counters")
+    per_cpu = (*counters, "flow_budgets", "choices", "turns_taken")
+    shared = (plane.flow_words, plane.slots, plane.transitions, plane.direct_seen, plane.loads)
     shapes = {name: bpfsys.map_shape(plane.fd(name)).max_entries for name in per_cpu}
     return (
         *(memory.tobytes() for memory in shared),
@@ -199,6 +201,84 @@ def test_a_service_without_memory_goes_by_the_slot(lab: Lab) -> None:
     answer = told(lab, flow)
     assert (answer["reason"], answer["backend"], answer["flow_cache"]) == ("current", "b", "not asked")
     assert answer["why"] == f"{place(lab, flow)} belongs to b (flows: none, so no flow stays with an earlier one)"
+
+
+def test_a_connection_whose_backend_was_removed_is_reset_where_that_is_wanted(lab: Lab) -> None:
+    lab.start(service(on_remove=OnRemove.RESET))
+    flow = lab.flow(of="a")
+    lab.pools("bc")
+    answer = told(lab, flow)
+    assert (answer["reason"], answer["backend"], answer["flow_cache"]) == ("orphan", None, "miss")
+    assert answer["why"] == "its backend was removed from the service: answered with a reset (on_remove: reset)"
+    assert answer["new_connection"]["backend"] == lab.owner(flow)
+    assert lab.send(flow) is None
+    assert lab.syn(flow) == lab.owner(flow)
+
+
+def test_where_all_flows_are_remembered_that_is_no_affair_of_a_change(lab: Lab) -> None:
+    lab.start(service(flows=FlowMemory.ALL))
+    flow = lab.flow()
+    answer = told(lab, flow)
+    assert answer["reason"] == "current"
+    assert answer["why"] == f"not remembered: {place(lab, flow)} belongs to {lab.owner(flow)}"
+    lab.send(flow)
+    assert told(lab, flow)["why"] == f"remembered: this flow stays with {lab.owner(flow)}"
+
+
+def test_a_client_that_stays_has_no_new_connections(lab: Lab) -> None:
+    lab.start(service(affinity=Affinity()))
+    flows = [flow for flow in lab.flows(50) if told(lab, flow)["backend"] == "a"]
+    lab.drain("a")
+    for flow in flows:
+        answer = told(lab, flow)
+        assert (answer["reason"], answer["backend"], answer["new_connection"]) == ("previous", "a", None)
+        assert lab.syn(flow) == "a"
+        assert told(lab, flow)["why"] == "remembered: this client stays with a"
+    assert len(flows) > 5
+
+
+@pytest.fixture(scope="module")
+def choosing(flow_pins: None) -> Iterator[Lab]:
+    with loaded("choosing", replace(FEATURES, choice=True)) as plane:
+        yield Lab(plane)
+
+
+class TestSchedulersThatChoose:
+    """Round robin, which has no settled slots."""
+
+    def test_an_open_connection_stays_and_a_new_one_is_chosen_for(self, choosing: Lab) -> None:
+        choosing.start(service(scheduler=Scheduler.RR))
+        flow = choosing.flow()
+        chosen = choosing.syn(flow)
+        answer = told(choosing, flow)
+        assert (answer["reason"], answer["backend"]) == ("remembered", chosen)
+        assert answer["why"] == f"remembered: this flow stays with {chosen}"
+        assert answer["new_connection"] == {"backend": None, "why": "its backend is chosen at the SYN, by rr"}
+
+    def test_a_packet_of_no_known_connection_goes_by_its_slot(self, choosing: Lab) -> None:
+        choosing.start(service(scheduler=Scheduler.RR))
+        flow = choosing.flow()
+        answer = told(choosing, flow)
+        assert answer["why"] == f"not remembered: {place(choosing, flow)} belongs to {answer['backend']}"
+        assert answer["backend"] == choosing.send(flow)
+
+    def test_for_a_datagram_it_is_chosen_when_it_comes(self, choosing: Lab) -> None:
+        choosing.start(service(scheduler=Scheduler.RR, protocol=Protocol.UDP))
+        flow = choosing.flow()
+        answer = told(choosing, flow)
+        assert (answer["reason"], answer["backend"], answer["verdict"]) == ("to_choose", None, None)
+        assert answer["why"] == "not remembered: its backend is chosen when it comes, by rr"
+        chosen = choosing.send(flow)
+        answer = told(choosing, flow)
+        assert (answer["reason"], answer["backend"], answer["new_connection"]) == ("remembered", chosen, None)
+
+    @pytest.mark.parametrize("protocol", Protocol)
+    def test_where_nobody_serves_nothing_is_chosen(self, choosing: Lab, protocol: Protocol) -> None:
+        choosing.start(service(scheduler=Scheduler.RR, protocol=protocol))
+        for name in "abc":
+            choosing.fail(name)
+        answer = told(choosing, choosing.flow())
+        assert (answer["reason"], answer["new_connection"]) == ("no_backend", None)
 
 
 def test_udp_has_no_new_connections(lab: Lab) -> None:
