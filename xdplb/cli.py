@@ -227,8 +227,9 @@ def top(count: int | None, interface: str | None) -> None:
 def flows(service: str | None, backend: str | None, limit: int, interface: str | None, output: str) -> None:
     """Show the remembered flows, also while no daemon runs.
 
-    Remembered is what a change of the pool could break; a settled slot's flows are not there. What is kept of one are
-    8 bytes without the client's address: `xdplb explain` answers for a flow whose address is known.
+    Remembered is what a change of the pool could break, and all flows (with affinity: clients) of schedulers that
+    choose; a settled slot's are not there. What is kept of one are 8 bytes without the client's address: `xdplb
+    explain` answers for a flow whose address is known.
     """
     from xdplb import flowlist
 
