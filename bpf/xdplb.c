@@ -5,7 +5,8 @@
  * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
  * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
  * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does. The first calls the
- * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache.
+ * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache;
+ * `xdplb_explain` sees those that the control plane makes up.
  */
 #include "abi.h"
 #include "maps.h"
@@ -26,6 +27,7 @@
 #include "fragment.h"
 #include "icmp.h"
 #include "answer.h"
+#include "explain.h"
 
 /* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
 static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
@@ -229,4 +231,30 @@ int xdplb_answer(struct xdp_md *ctx)
 		return drop(errand->service, REASON(unanswerable));
 	count_reason(errand->service, REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
+}
+
+int xdplb_explain(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct address_entry *from, *to;
+	struct explanation *found;
+	__u32 zero = 0, id;
+
+	found = explanations.lookup(&zero);
+	if (!found)
+		return XDP_ABORTED;
+	*found = (struct explanation){};
+	if (parse_network(p, ctx, false) != PARSED || parse_transport(p, false) != PARSED)
+		return XDP_PASS;
+	to = find_address(&p->destination);
+	if (to && to->services.count) {
+		id = find_interval(to->services, port_key(p->protocol, destination_port(p)));
+		found->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
+		return id ? explain_balance(p, id, found) : XDP_PASS;
+	}
+	from = HAVE_NAT ? find_address(&p->source) : NULL;
+	if (!from || !from->replies.count)
+		return XDP_PASS;
+	id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p), p->protocol);
+	return id ? explain_reply(p, id, found) : XDP_PASS;
 }

@@ -95,6 +95,21 @@ class Answer(enum.IntEnum):
     TOO_BIG = 2
 
 
+class Subject(enum.IntEnum):
+    """What a packet that is to be explained turned out to be."""
+
+    NOBODYS = 0
+    OTHER_PORT = 1
+    """For an address on which services listen, at other ports."""
+    TO_SERVICE = 2
+    REPLY = 3
+    """Of a NAT backend, to a client."""
+    TO_CHOOSE = 4
+    """To a service whose scheduler chooses a backend once the packet comes."""
+    ORPHAN = 5
+    """Of a connection whose backend was removed, to a service that resets those."""
+
+
 @dataclass(frozen=True, slots=True)
 class FlowTimes:
     """After how many ticks without a packet a remembered flow counts as ended, by state (the defaults are IPVS's),
@@ -189,7 +204,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
 def enums() -> str:
     """C enums for what the program passes around under a type of its own."""
     lines = []
-    for name, prefix, members in (("stage", "STAGE", Stage), ("answer", "ANSWER", Answer)):
+    for name, members in (("stage", Stage), ("answer", Answer), ("subject", Subject)):
+        prefix = name.upper()
         body = ", ".join(f"{prefix}_{member.name} = {int(member)}" for member in members)
         lines.append(f"enum {name} {{ {body} }};")
     return "\n".join(lines)

@@ -126,8 +126,7 @@ def _configuration(mode: str, scheduler: str = "maglev") -> Config:
         del listens["tcp6"]
     backends = ", ".join(f"{{address: 10.0.0.{n}}}" for n in range(1, _BACKENDS + 1))
     services = "".join(
-        f"- {{name: {name}, listen: '{listen}', backends: [{backends}]}}\n"
-        for name, listen in listens.items()
+        f"- {{name: {name}, listen: '{listen}', backends: [{backends}]}}\n" for name, listen in listens.items()
     )
     defaults = f"{{forward: {mode}, check: none, scheduler: {scheduler}}}"
     return config.parse(f"defaults: {defaults}\nservices:\n{services}", "bench")

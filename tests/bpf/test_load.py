@@ -43,8 +43,8 @@ def features(words: str) -> abi.Features:
 def test_it_loads(pins: None, words: str) -> None:
     plane = dataplane.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
     try:
-        stages = ("full", "icmp", "icmp_reply", "answer", "schedule")
-        assert set(plane.programs) == {"xdplb", "xdplb_sweep", *(f"xdplb_{stage}" for stage in stages)}
+        stages = ("full", "icmp", "icmp_reply", "answer", "schedule", "sweep", "explain")
+        assert set(plane.programs) == {"xdplb", *(f"xdplb_{stage}" for stage in stages)}
         for version in (4, 6):
             packet = bytes(frame(tcp()(Flow(CLIENT[version], CLIENT[version]))))
             result = bpfsys.test_run(plane.program_fd, packet)
