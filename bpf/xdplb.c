@@ -31,18 +31,29 @@
 
 /* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
 static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
-							 __u32 service_id, __u64 hash, __u32 *id)
+							 __u32 service_id, __u64 hash, __u32 *id, const bool full)
 {
 	__u32 index = slot_index(service, hash), slot = read_slot(index);
 	struct backend *backend = find_backend(slot, id);
+	__u32 choice = 0;
 	struct flow flow;
 
 	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
 		return backend;
 	flow = flow_of(p, service, service_id, hash);
-	if (HAVE_CHOICE && is_to_choose(&flow))
-		flow.choice = take_choice(&flow);
-	return recall(&flow, slot, index, id);
+	flow.chooses = HAVE_CHOICE && is_to_choose(&flow);
+	if (full && flow.chooses)
+		choice = take_choice(&flow);
+	if (full && choice) {
+		backend = follow_choice(&flow, choice, id);
+		if (backend)
+			return backend;
+		flow.chooses = false;
+	}
+	backend = recall(&flow, slot, index, id);
+	if (HAVE_CHOICE && !backend && *id == CHOICE_OPEN)
+		open_choice(&flow);
+	return backend;
 }
 
 /* The end of a packet that has no backend: not yet, not any more, or not at all. */
@@ -66,7 +77,7 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 	if (!service)
 		return pass();
 	hash = hash_flow(service, &p->source, p->ports);
-	backend = find_flow_backend(p, service, service_id, hash, &id);
+	backend = find_flow_backend(p, service, service_id, hash, &id, full);
 	if (!backend)
 		return without_backend(p, service, service_id, id);
 	if (full)

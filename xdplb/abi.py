@@ -138,6 +138,7 @@ class Features:
     outer_ipv6: bool
     tx_by_redirect: bool
     choice: bool = False
+    affinity: bool = False
     client_prefix: bool = False
     times: FlowTimes = FlowTimes()
 
@@ -170,6 +171,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "OUTER_IPV6": features.outer_ipv6,
         "TX_BY_REDIRECT": features.tx_by_redirect,
         "HAVE_CHOICE": features.choice,
+        "HAVE_AFFINITY": features.affinity,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,

@@ -28,7 +28,7 @@ FEATURES = {
     "nat and ipip": "ipv4 ipv6 nat ipip outer_ipv4",
     "schedulers that choose": "ipv4 ipv6 nat ipip outer_ipv4 choice",
     "everything, sending by redirect": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 tx_by_redirect",
-    "everything, and choosing": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 choice client_prefix",
+    "everything, and choosing": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 choice affinity client_prefix",
 }
 
 
