@@ -18,7 +18,9 @@ class Rates(TypedDict):
 
 
 class BackendStatus(TypedDict):
-    """`active_flows` is null while nothing counts them; `reachable` is whether a next hop is known."""
+    """`active_flows` is null while nothing counts them; `reachable` is whether a next hop is known; `slow_start` is how
+    much of its weight a backend has that grows into it, 0.05 to 0.95.
+    """
 
     name: str
     address: str
@@ -31,6 +33,7 @@ class BackendStatus(TypedDict):
     last_change: str
     backup: NotRequired[bool]
     reachable: NotRequired[bool]
+    slow_start: NotRequired[float]
     check: NotRequired[CheckStatus]
     rates: NotRequired[Rates]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from xdplb import config as configuration
 from xdplb.control import JSON, Handler, Request
+from xdplb.desired import FULLY_GROWN
 from xdplb.errors import UsageError
 from xdplb.model import Admin, Backend, BackendKey, Config, Service
 
@@ -41,11 +42,12 @@ class Commands:
 
     def _service(self, service: Service) -> JSON:
         remembered = self._daemon.engine.remembered()
-        desired = {backend.config.name: backend for backend in self._daemon.engine.desired(service).backends}
+        desired = self._daemon.engine.desired(service)
         backends: list[JSON] = []
-        for backend in service.backends:
+        for backend, wanted in zip(service.backends, desired.backends, strict=True):
             key = BackendKey(service.name, backend.name)
             health, status = self._daemon.health[key], self._daemon.statuses.get(key)
+            growing: dict[str, JSON] = {"slow_start": status.grown / FULLY_GROWN}
             backends.append(
                 {
                     "name": backend.name,
@@ -54,13 +56,14 @@ class Commands:
                     "admin": status.admin.value,
                     "reason": health.reason,
                     "weight": backend.weight if status.weight is None else status.weight,
-                    "effective_weight": desired[backend.name].weight,
+                    "effective_weight": desired.shown_weight(wanted),
                     "active_flows": None,
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
                     "reachable": status.way is not None,
                     "check": {"duration_ms": round(1000 * health.duration_s, 3)},
+                    **(growing if status.grown < FULLY_GROWN else {}),
                 }
             )
         return {
@@ -105,8 +108,7 @@ class Commands:
         else:
             raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
         daemon.steering.set(key, backend, status.admin, status.weight)
-        daemon.statuses.set(key, status)
-        daemon.steer(key)
+        daemon.steer(key, status.admin, status.weight)
         return {"service": key.service, "backend": key.backend, "admin": status.admin.value, "weight": status.weight}
 
     def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:

@@ -30,7 +30,7 @@ from xdplb.links import Links
 from xdplb.lock import locked
 from xdplb.logs import log_to_stderr
 from xdplb.manifest import Manifest
-from xdplb.model import AttachMode, BackendKey, Config
+from xdplb.model import Admin, AttachMode, BackendKey, Config
 from xdplb.nexthops import LinkEvent
 from xdplb.paths import Instance, state_directory
 from xdplb.plan import CapacityExceeded
@@ -270,6 +270,8 @@ class Daemon:
 
     def _repair(self) -> None:
         dirty, self._dirty = self._dirty, set()
+        if not dirty:
+            return
         for service in dirty & self.statuses.by_service.keys():
             self.engine.apply_service(service)
         self._save()
@@ -289,10 +291,10 @@ class Daemon:
     def statuses(self) -> Statuses:
         return self._watch.statuses
 
-    def steer(self, key: BackendKey) -> None:
-        """Applies an operator's change of `key`'s administrative state or weight."""
-        self.engine.apply_service(key.service)
-        self._save()
+    def steer(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
+        """An operator's change of `key`, done when it returns."""
+        self._watch.steer(key, admin, weight)
+        self._repair()
 
     def _save(self) -> None:
         generations.note(self.notes, self.engine)
