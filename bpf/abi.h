@@ -52,14 +52,20 @@ struct interval {
 
 struct service {
 	struct address address;
-	__u32 slots;      /* index of its first slot; written together with slot_mask as one word */
-	__u32 slot_mask;  /* number of its slots, a power of two, less one */
-	__u32 ports_mask; /* which bits of the ports take part in the flow hash: none for source-hash */
+	__u32 slots;                /* index of its first slot; written together with slot_mask as one word */
+	__u32 slot_mask;            /* number of its slots, a power of two, less one */
+	__u32 turns;                /* index, among the slots, of its backends in turn, each as often as it weighs */
+	__u32 turn_count;           /* 0 where the scheduler takes no turns */
+	struct address client_mask; /* which bits of a client's address take part in the flow hash */
+	__u32 ports_mask; /* and which of the ports: none for source-hash, and where flows of a client stay together */
 	__be16 port;      /* 0 where the service has several ports */
 	__be16 gue_port;
+	__u16 members;   /* number of its backends behind the turns, each once */
+	__u16 keep_idle; /* for how many idle ticks a flow is remembered at least */
 	__u8 forward;
 	__u8 flags;
-	__u8 pad[30];
+	__u8 scheduler;
+	__u8 pad;
 };
 
 /* One server of one service. Everything a packet needs to be sent there, in one cache line. */
@@ -74,6 +80,25 @@ struct backend {
 	__u16 mtu;   /* of the way there; the largest IP packet */
 	__u8 flags;
 	__u8 pad[3];
+};
+
+/*
+ * What a scheduler that counts knows of a backend. `active`: flows remembered that neither closed nor fell silent; it is the
+ * number of the backend's words in the flow cache that have FLOW_COUNTED, from one atomic change to the next. `weight`: its
+ * share of new flows, 0 for none; this half is the control plane's.
+ */
+struct load {
+	__u32 active;
+	__u32 weight;
+};
+
+/* Per CPU: what the program that balances and the one that schedules tell each other of a flow. */
+struct choice {
+	__u64 key;
+	__u32 service;
+	__u32 backend; /* 0 until it is chosen */
+	__u32 best;    /* of those that were looked at so far, and how many that is */
+	__u32 seen;
 };
 
 /*

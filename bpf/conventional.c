@@ -70,7 +70,7 @@ int conventional(struct xdp_md *ctx)
 	service = services.lookup(&id);
 	if (!id || !service)
 		return pass();
-	hash = hash_flow(&p->source, p->ports & service->ports_mask);
+	hash = hash_flow(service, &p->source, p->ports);
 	backend = recall_flow(p, service, hash, &id);
 	if (!backend)
 		return pass();

@@ -11,11 +11,14 @@
  *
  * A flow is one word, so that it is read and replaced untorn:
  *
- *   63        32 31      14 13     2 1     0
- *   fingerprint |  backend  |  tick | state |
+ *   63        32    31    30      14 13     2 1     0
+ *   fingerprint | counted |  backend  |  tick | state |
  *
  * The fingerprint is the lower half of the flow's key, in which the slot's number stands as in its hash: the control plane sees
  * from a word which slot it keeps in transition. The upper half chooses the set.
+ *
+ * Schedulers that count have no settled slots: all their flows are remembered. Such a SYN goes where the scheduler says
+ * (schedule.h), if that can be remembered, else by its slot like any other.
  */
 #ifndef XDPLB_FLOW_H
 #define XDPLB_FLOW_H
@@ -27,7 +30,8 @@
 
 #define FLOW_STATE(word) ((word) & 3)
 #define FLOW_TICK(word) ((word) >> 2 & 0xfff)
-#define FLOW_BACKEND(word) ((word) >> 14 & 0x3ffff)
+#define FLOW_BACKEND(word) ((word) >> 14 & 0x1ffff)
+#define FLOW_COUNTED (1ULL << 31)
 #define FLOW_FINGERPRINT(word) ((__u32)((word) >> 32))
 #define WAYS 8
 
@@ -43,8 +47,18 @@ struct flow {
 	__u32 service_id;
 	__u32 tick;
 	__u32 state;
+	__u32 choice; /* the scheduler's, where it is asked for this packet: CHOICE_OPEN before it was; else 0 */
 	bool opening; /* a SYN: whatever was remembered of these ports is over */
+	bool anybody; /* may have been sent by anybody, without an answer of ours: it takes no live flow's place */
 };
+
+/* Ids that no backend has. */
+#define CHOICE_OPEN 0xffffffff
+
+static __always_inline bool by_client(const struct service *service)
+{
+	return service->flags & SERVICE_BY_CLIENT;
+}
 
 /* A second, nearly: the timer interrupts since the start, of which 2^TICK_SHIFT are one. The kernel makes a load of this call.
  */
@@ -66,18 +80,59 @@ static __always_inline __u32 flow_state(const struct packet *p)
 
 /*
  * By what a flow is remembered: its hash, with what that leaves out in the bits above the slot's: the service, and for
- * source-hash the ports, or all flows of a client would be one. The factor spreads them over the sets.
+ * source-hash the ports, or all flows of a client would be one. The factor spreads them over the sets. With affinity they
+ * are one.
  */
 static __always_inline __u64 flow_key(const struct service *service, __u32 service_id, __u64 hash, __u32 ports)
 {
-	__u32 left_out = service_id ^ (ports & ~service->ports_mask) * 0x9E3779B1;
+	__u32 left_out = service_id ^ (by_client(service) ? 0 : ports & ~service->ports_mask) * 0x9E3779B1;
 
 	return hash ^ (__u64)left_out * MAX_SLOTS_PER_SERVICE;
 }
 
-static __always_inline __u64 flow_word(const struct flow *flow, __u32 backend)
+/* `hash` is that of the packet's flow. With affinity a client's connections come and go: none of them begins or ends it. */
+static __always_inline struct flow flow_of(const struct packet *p, const struct service *service, __u32 service_id, __u64 hash)
 {
-	return flow->key << 32 | (__u64)backend << 14 | (flow->tick & 0xfff) << 2 | flow->state;
+	struct flow flow = { .service = service, .service_id = service_id, .hash = hash };
+
+	flow.key = flow_key(service, service_id, hash, p->ports);
+	flow.tick = current_tick();
+	flow.state = flow_state(p);
+	flow.anybody = flow.state == FLOW_OPENING && !(p->tcp_flags & TCP_ACK);
+	flow.opening = flow.anybody && !by_client(service);
+	if (flow.state == FLOW_CLOSING && by_client(service))
+		flow.state = FLOW_ESTABLISHED;
+	return flow;
+}
+
+static __always_inline __u64 flow_word(const struct flow *flow, __u32 backend, __u32 state)
+{
+	return flow->key << 32 | (state == FLOW_CLOSING ? 0 : FLOW_COUNTED) | (__u64)backend << 14 | (flow->tick & 0xfff) << 2 |
+	       state;
+}
+
+static __always_inline void count_active(__u64 word, __u32 change)
+{
+	__u32 id = FLOW_BACKEND(word);
+	struct load *load;
+
+	if (!(word & FLOW_COUNTED))
+		return;
+	load = loads.lookup(&id);
+	if (load)
+		__sync_fetch_and_add(&load->active, change);
+}
+
+/* Puts `new` in the place of `old`, unless another CPU was quicker. All changes of the cache go through here. */
+static __always_inline bool replace_flow(__u64 *place, __u64 old, __u64 new)
+{
+	if (__sync_val_compare_and_swap(place, old, new) != old)
+		return false;
+	if ((old ^ new) & (FLOW_COUNTED | 0x1ffffULL << 14)) {
+		count_active(old, -1);
+		count_active(new, 1);
+	}
+	return true;
 }
 
 static __always_inline struct flow_set *find_set(const struct flow *flow)
@@ -154,35 +209,43 @@ static __always_inline bool within_budget(__u32 tick)
 	return budget->used++ < FLOW_BUDGET;
 }
 
-/*
- * Remembers the flow in the place of the most dispensable one of its set. A SYN, which anybody can send, takes the place of no
- * live flow: only of one that ended, or never got beyond its own SYN.
- */
-static __always_inline bool remember_flow(struct flow_set *set, const struct flow *flow, __u32 backend,
-					  struct flow_counters *counters)
+/* The most dispensable one of a set: its score, and its place in the lowest three bits. */
+static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick)
 {
-	__u64 best = 0, ranked, better, old;
-	__u32 victim;
+	__u64 best = 0, ranked, better;
 
 #pragma unroll
 	for (int i = 0; i < WAYS; i++) {
-		ranked = score(set->flow[i], flow->tick) << 3 | i;
+		ranked = score(set->flow[i], tick) << 3 | i;
 		better = mask_less(best, ranked);
 		best = (best & ~better) | (ranked & better);
 	}
-	victim = best & (WAYS - 1);
-	best >>= 3;
-	if ((flow->opening && best < SCORE_OPENING) || !within_budget(flow->tick)) {
+	return best;
+}
+
+/*
+ * Remembers the flow where it stands already, or in the place of the most dispensable one of its set. A SYN, which anybody can
+ * send, takes the place of no live flow: only of one that ended, or never got beyond its own SYN.
+ */
+static __always_inline bool remember_flow(struct flow_set *set, const struct flow *flow, __u32 place, __u32 backend,
+					  struct flow_counters *counters)
+{
+	const bool known = place < WAYS;
+	__u64 victim = known ? place : find_victim(set, flow->tick), old;
+
+	if (!known && ((flow->anybody && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick))) {
 		counters->not_remembered++;
 		return false;
 	}
 	old = *way(set, victim);
-	if (__sync_val_compare_and_swap(way(set, victim), old, flow_word(flow, backend)) != old) {
+	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, flow->state))) {
 		counters->not_remembered++; /* another CPU was quicker */
 		return false;
 	}
+	if (known)
+		return true;
 	counters->remembered++;
-	if (best < SCORE_OPENING)
+	if (victim >> 3 < SCORE_OPENING)
 		counters->evicted_live++;
 	else if (old)
 		counters->evicted_idle++;
@@ -205,9 +268,9 @@ static __always_inline struct backend *find_former(const struct flow *flow, __u3
 
 	if (slot & SLOT_IN_TRANSITION)
 		transition = read_transition(index);
-	*id = transition.previous;
+	*id = flow->tick < transition.deadline ? transition.previous : 0;
 	backend = backends.lookup(id);
-	return flow->tick < transition.deadline && serves(flow, backend) ? backend : NULL;
+	return serves(flow, backend) ? backend : NULL;
 }
 
 static __always_inline struct backend *find_remembered(const struct flow *flow, __u64 word, __u32 *id)
@@ -219,18 +282,41 @@ static __always_inline struct backend *find_remembered(const struct flow *flow, 
 	return serves(flow, backend) ? backend : NULL;
 }
 
+/* Did the scheduler choose somebody, who has not just gone down? */
+static __always_inline bool is_chosen(const struct flow *flow)
+{
+	__u32 id = flow->choice;
+	struct backend *backend = backends.lookup(&id);
+
+	return backend && backend->service == flow->service_id && backend->flags & BACKEND_UP;
+}
+
 /* Notes that the flow lives: at most once a tick, unless its state changes. Two states' bits together are the later one. */
 static __always_inline void refresh_flow(__u64 *place, const struct flow *flow, __u64 word)
 {
-	__u64 fresh = flow_word(flow, FLOW_BACKEND(word)) | FLOW_STATE(word);
+	__u64 fresh = flow_word(flow, FLOW_BACKEND(word), flow->state | FLOW_STATE(word));
 
 	if (word != fresh)
-		__sync_val_compare_and_swap(place, word, fresh);
+		replace_flow(place, word, fresh);
+}
+
+/* Does what is remembered hold for this packet? A SYN that was chosen a backend and comes again has it already. */
+static __always_inline bool holds(const struct flow *flow, __u64 word)
+{
+	return !flow->opening || (HAVE_CHOICE && flow->choice && FLOW_STATE(word) == FLOW_OPENING);
+}
+
+/* Is the packet of a connection whose backend was removed, and the service one that says so? */
+static __always_inline bool is_orphan(const struct flow *flow, __u32 former)
+{
+	return former == BACKEND_GONE && flow->service->flags & SERVICE_RESET && !flow->opening && flow->state != FLOW_DATAGRAM;
 }
 
 /*
  * Where a packet goes whose slot is in transition, or whose slot's backend is down; remembers what must be remembered.
- * `slot` is the word, `index` its place. The scheduler's loop stands here once only: the verifier follows it each time.
+ * `slot` is the word, `index` its place. NULL where nobody can be found; `*id` is CHOICE_OPEN where the scheduler has to be
+ * asked first, BACKEND_GONE where the client is to be told. The scheduler's loop stands here once only: the verifier
+ * follows it each time.
  */
 static __always_inline struct backend *recall(const struct flow *flow, __u32 slot, __u32 index, __u32 *id)
 {
@@ -244,8 +330,8 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 	if (!set || !counters)
 		return NULL;
 	place = find_flow(set, flow->key);
-	word = *way(set, place);
-	if (place < WAYS && !flow->opening && !stateless) {
+	word = place < WAYS ? *way(set, place) : 0;
+	if (place < WAYS && holds(flow, word) && !stateless) {
 		backend = find_remembered(flow, word, id);
 		if (backend) {
 			counters->recalled++;
@@ -253,18 +339,26 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 			return backend;
 		}
 	}
+	*id = CHOICE_OPEN;
+	if (HAVE_CHOICE && flow->choice == CHOICE_OPEN)
+		return NULL;
 	former = stateless ? NULL : find_former(flow, slot, index, &former_id);
+	*id = BACKEND_GONE;
+	if (is_orphan(flow, former_id) || is_orphan(flow, FLOW_BACKEND(word)))
+		return NULL;
 	backend = former;
 	*id = former_id;
 	if (flow->opening || !former)
 		backend = schedule(flow->service, flow->hash, id);
-	if (!backend || stateless)
-		return backend;
-	if (place < WAYS) { /* its backend is gone, or its ports begin anew */
-		*way(set, place) = flow_word(flow, *id);
-		return backend;
+	if (!former) {
+		former = backend;
+		former_id = *id;
 	}
-	if (remember_flow(set, flow, *id, counters) || !former)
+	if (HAVE_CHOICE && flow->choice && is_chosen(flow)) {
+		*id = flow->choice;
+		backend = backends.lookup(id);
+	}
+	if (!backend || stateless || remember_flow(set, flow, place, *id, counters))
 		return backend;
 	*id = former_id;
 	return former;

@@ -46,7 +46,7 @@ static __always_inline int later_fragment(struct packet *p, bool for_service)
 	service = backend ? services.lookup(&backend->service) : NULL;
 	if (!service || !for_service)
 		return pass();
-	return forward(p, service, backend, fragment->backend, hash_flow(&p->source, 0));
+	return forward(p, service, backend, fragment->backend, hash_flow(service, &p->source, 0));
 }
 
 #endif

@@ -35,10 +35,20 @@ static __always_inline __u64 hash_address(const struct address *address)
 	return finish(mix_address(address));
 }
 
-/* `ports` as it stands in the frame of a packet from client to service. */
-static __always_inline __u64 hash_flow(const struct address *client, __u32 ports)
+/* A client, as far as a flow's hash sees it. */
+static __always_inline struct address client_of(const struct service *service, const struct address *source)
 {
-	return finish(mix(mix_address(client), ports));
+	if (!HAVE_CLIENT_PREFIX)
+		return *source;
+	return (struct address){ .hi = source->hi & service->client_mask.hi, .lo = source->lo & service->client_mask.lo };
+}
+
+/* `ports` as it stands in the frame of a packet from client to service. */
+static __always_inline __u64 hash_flow(const struct service *service, const struct address *source, __u32 ports)
+{
+	const struct address client = client_of(service, source);
+
+	return finish(mix(mix_address(&client), ports & service->ports_mask));
 }
 
 #endif

@@ -194,7 +194,7 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, c
 	if (!id || !service || !same_address(&q->source, &p->destination))
 		return pass();
 	ports = q->ports >> 16 | q->ports << 16; /* as the client sends them */
-	hash = hash_flow(&q->destination, ports & service->ports_mask);
+	hash = hash_flow(service, &q->destination, ports);
 	flow.service = service;
 	flow.service_id = service_id;
 	flow.hash = hash;

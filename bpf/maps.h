@@ -24,6 +24,11 @@ BPF_TABLE_PINNED("array", __u32, struct transition, transitions, SLOTS, PIN("tra
 BPF_TABLE_PINNED("array", __u32, struct flow_set, flow_sets, FLOW_SETS, PIN("flow_sets"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_budget, flow_budgets, 1, PIN("flow_budgets"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_counters, flow_counters, 1, PIN("flow_counters"), 0);
+BPF_TABLE_PINNED("array", __u32, __u32, sweep_position, 1, PIN("sweep_position"), BPF_F_MMAPABLE);
+
+BPF_TABLE_PINNED("array", __u32, struct load, loads, MAX_BACKEND_IDS, PIN("loads"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("percpu_array", __u32, __u32, turns_taken, SERVICES + 1, PIN("turns_taken"), 0);
+BPF_TABLE_PINNED("percpu_array", __u32, struct choice, choices, 1, PIN("choices"), 0);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct backend_counters, backend_counters, BACKENDS + 1, PIN("backend_counters"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct drop_counters, drop_counters, SERVICES + 1, PIN("drop_counters"), 0);

@@ -4,7 +4,8 @@
  *
  * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
  * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
- * `xdplb_answer` makes the balancer's own replies. The first calls the others (tail calls), which begin again with the frame.
+ * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does. The first calls the
+ * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache.
  */
 #include "abi.h"
 #include "maps.h"
@@ -16,6 +17,8 @@
 #include "lookup.h"
 #include "slots.h"
 #include "flow.h"
+#include "schedule.h"
+#include "sweep.h"
 #include "rewrite.h"
 #include "encap.h"
 #include "forward.h"
@@ -30,15 +33,24 @@ static __always_inline struct backend *find_flow_backend(const struct packet *p,
 {
 	__u32 index = slot_index(service, hash), slot = read_slot(index);
 	struct backend *backend = find_backend(slot, id);
-	struct flow flow = { .service = service, .service_id = service_id, .hash = hash };
+	struct flow flow;
 
 	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
 		return backend;
-	flow.key = flow_key(service, service_id, hash, p->ports);
-	flow.tick = current_tick();
-	flow.state = flow_state(p);
-	flow.opening = flow.state == FLOW_OPENING && !(p->tcp_flags & TCP_ACK);
+	flow = flow_of(p, service, service_id, hash);
+	if (HAVE_CHOICE && is_to_choose(&flow))
+		flow.choice = take_choice(&flow);
 	return recall(&flow, slot, index, id);
+}
+
+/* The end of a packet that has no backend: not yet, not any more, or not at all. */
+static __always_inline int without_backend(const struct packet *p, const struct service *service, __u32 service_id, __u32 id)
+{
+	if (HAVE_CHOICE && id == CHOICE_OPEN)
+		return continue_at(p->ctx, STAGE_SCHEDULE);
+	if (id == BACKEND_GONE)
+		return answer(p->ctx, ANSWER_REJECT, service_id, 0);
+	return no_backend(p, service, service_id);
 }
 
 /* For a service's address and port: choose a backend, send the packet there. */
@@ -51,10 +63,10 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 
 	if (!service)
 		return pass();
-	hash = hash_flow(&p->source, p->ports & service->ports_mask);
+	hash = hash_flow(service, &p->source, p->ports);
 	backend = find_flow_backend(p, service, service_id, hash, &id);
 	if (!backend)
-		return no_backend(p, service, service_id);
+		return without_backend(p, service, service_id, id);
 	if (full)
 		teach_fragments(p, id, false);
 	if (HAVE_NAT && service->forward == FORWARD_NAT)
@@ -177,6 +189,23 @@ int xdplb_icmp_reply(struct xdp_md *ctx)
 	if (!HAVE_NAT || !parse_icmp_error(p, ctx, &quoted))
 		return pass();
 	return icmp_to_client(p, &quoted);
+}
+
+int xdplb_schedule(struct xdp_md *ctx)
+{
+	__u32 zero = 0;
+	struct choice *choice = choices.lookup(&zero);
+
+	if (!HAVE_CHOICE || !choice)
+		return verdict(XDP_ABORTED);
+	choice->backend = choose(choice);
+	return continue_at(ctx, choice->backend ? STAGE_FULL : STAGE_SCHEDULE);
+}
+
+int xdplb_sweep(struct xdp_md *ctx)
+{
+	sweep_set();
+	return XDP_PASS;
 }
 
 int xdplb_answer(struct xdp_md *ctx)

@@ -21,6 +21,12 @@ SLOT_BACKEND = 0x00FFFFFF
 SLOT_IN_TRANSITION = 1 << 31
 """A slot's word: the id of its backend, and whether flows of another one may live on in it."""
 MIN_SLOTS = 128
+FLOW_WRAPPING = 3072
+"""An idle time in ticks at which a flow must be forgotten, before its tick (12 bits) comes round and it looks alive."""
+MAX_BACKEND_IDS = 1 << 17
+"""What fits a remembered flow's word."""
+BACKEND_GONE = MAX_BACKEND_IDS - 1
+"""No backend's id: in place of one that was removed, where that matters."""
 
 
 class ForwardCode(enum.IntEnum):
@@ -35,6 +41,19 @@ class ServiceFlag(enum.IntFlag):
     """Answer, rather than drop, where no backend serves."""
     STATELESS = 2
     """`flows: none`: no flow is remembered."""
+    RESET = 4
+    """`on_remove: reset`: connections of removed backends are reset."""
+    BY_CLIENT = 8
+    """`affinity: client`: what is remembered is a client, not a flow."""
+
+
+class SchedulerCode(enum.IntEnum):
+    """How a backend is chosen for a new flow, where the slots do not say it."""
+
+    HASH = 0
+    TURNS = 1
+    LEAST = 2
+    TWO = 3
 
 
 class BackendFlag(enum.IntFlag):
@@ -52,6 +71,7 @@ class Stage(enum.IntEnum):
     ICMP = 1
     ICMP_REPLY = 2
     ANSWER = 3
+    SCHEDULE = 4
 
 
 class FlowState(enum.IntEnum):
@@ -98,6 +118,8 @@ class Features:
     outer_ipv4: bool
     outer_ipv6: bool
     tx_by_redirect: bool
+    choice: bool = False
+    client_prefix: bool = False
     times: FlowTimes = FlowTimes()
 
 
@@ -128,6 +150,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "OUTER_IPV4": features.outer_ipv4,
         "OUTER_IPV6": features.outer_ipv6,
         "TX_BY_REDIRECT": features.tx_by_redirect,
+        "HAVE_CHOICE": features.choice,
+        "HAVE_CLIENT_PREFIX": features.client_prefix,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,
         "SLOTS": geometry.slots,
@@ -143,12 +167,17 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "TIMEOUT_CLOSING": times.closing,
         "TIMEOUT_DATAGRAM": times.datagram,
         "SLOT_BACKEND": SLOT_BACKEND,
+        "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
+        "BACKEND_GONE": BACKEND_GONE,
+        "FLOW_WRAPPING": FLOW_WRAPPING,
+        "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,
         "STAGE_COUNT": len(Stage),
     }
     for prefix, members in (("FORWARD", ForwardCode), ("SERVICE", ServiceFlag), ("BACKEND", BackendFlag)):
         flags |= {f"{prefix}_{member.name}": int(member) for member in members}
+    flags |= {f"SCHEDULER_{code.name}": int(code) for code in SchedulerCode}
     flags |= {f"FLOW_{state.name}": int(state) for state in FlowState}
     return {"SLOT_IN_TRANSITION": SLOT_IN_TRANSITION} | {name: int(value) for name, value in flags.items()}
 

@@ -57,7 +57,7 @@ class Commands:
                     "reason": health.reason,
                     "weight": backend.weight if status.weight is None else status.weight,
                     "effective_weight": desired.shown_weight(wanted),
-                    "active_flows": None,
+                    "active_flows": self._daemon.engine.active(key),
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,

@@ -277,11 +277,15 @@ class Daemon:
         self._save()
 
     async def _settle(self) -> None:
-        """Takes slots out of transition in time: what is settled costs less and remembers nothing."""
+        """Takes slots out of transition in time, because what is settled costs less and remembers nothing; and has
+        flows end that fell silent.
+        """
         while True:
             await asyncio.sleep(SETTLE_EVERY_S)
-            if self.serving:
-                self.engine.settle()
+            async with self._reloading:
+                if self.serving:
+                    self.engine.settle()
+                    await asyncio.to_thread(self.engine.sweep)
 
     @property
     def health(self) -> Mapping[BackendKey, Health]:

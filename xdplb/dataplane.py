@@ -24,6 +24,7 @@ from xdplb.codec import Codec
 from xdplb.errors import CompileError, NotCapable, NotPrivileged
 
 MAIN = "xdplb"
+SWEEP = "xdplb_sweep"
 _STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
 COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_counters")
 BPFFS = Path("/sys/fs/bpf")
@@ -61,6 +62,7 @@ class Dataplane:
         self._half: NDArray[np.uint32] = np.frombuffer(self._memory("directory"), np.uint32)
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flows.TRANSITION)[: geometry.slots]
+        self.loads = self._structs("loads")
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
 
     @property
@@ -76,6 +78,10 @@ class Dataplane:
     def publish(self, half: int) -> None:
         """Turns packets to that half of the address table, from one packet to the next."""
         self._half[0] = half
+
+    def sweep(self) -> None:
+        """Has the program that ages the flow cache go through it once."""
+        bpfsys.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets)
 
     def fd(self, map_name: str) -> int:
         return int(self._bpf[map_name.encode()].map_fd)
@@ -126,7 +132,7 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: bundle.H
     ensure_bpffs(pins)
     definitions = abi.defines(features, geometry)
     flags = bundle.compiler_flags(definitions, key, pins)
-    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, *_STAGES.values()])
+    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, *_STAGES.values()])
     plane = Dataplane(bpf, programs, geometry, features, pins)
     for stage, name in _STAGES.items():
         bpfsys.update(plane.fd("stages"), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))

@@ -26,13 +26,15 @@ from xdplb.writer import MapWriter
 
 Counters = NDArray[np.uint64]
 
-FLOW_MAPS = ("flow_sets",)
+FLOW_MAPS = ("flow_sets", "loads")
 SHARED_MAPS = (
     "nat_flows",
     "fragments",
     "flow_sets",
     "flow_budgets",
     "flow_counters",
+    "loads",
+    "turns_taken",
     "drop_counters",
     "verdict_counters",
 )
@@ -170,27 +172,39 @@ class Engine:
 
     def remembered(self) -> dict[BackendKey, int]:
         """Live remembered flows by backend; those that have none are left out."""
-        live = self._live()
-        counts = np.bincount(live.backend, minlength=1)
+        _, flows_, live, _ = self._look()
+        counts = np.bincount(flows_.backend[live], minlength=1)
         ids = {key: id_ for key, (id_, _) in self.applied.backends.items()}
         return {key: int(counts[id_]) for key, id_ in ids.items() if id_ < len(counts) and counts[id_]}
 
+    def active(self, key: BackendKey) -> int | None:
+        """How many flows (with affinity: clients) a backend has; None where not all are remembered."""
+        known = self.applied.backends.get(key)
+        if known is None or not self._services[key.service].remembers_all:
+            return None
+        return int(self.plane.loads["active"][known[0]])
+
     def settle(self) -> int:
         """Takes slots out of transition that need it no longer. Returns how many are still in it."""
-        plane, tick = self.plane, self._clock.tick
-        places = np.flatnonzero(plane.flow_words)
-        remembered = flows.Flows.decode(plane.flow_words[places], tick)
-        live = remembered.live(plane.features.times)
-        services = plane.backends.entries["service"][remembered.backend]
+        plane = self.plane
+        tick, remembered, live, services = self._look()
         first, mask = plane.services.entries["slots"][services], plane.services.entries["slot_mask"][services]
         slots = first + (remembered.fingerprint & mask)
         elsewhere = (plane.slots[slots] & np.uint32(SLOT_BACKEND)) != remembered.backend
         settled = flows.settle(plane.slots, plane.transitions, slots[live & elsewhere & (services != 0)], tick)
+        for service in self.applied.services.values():
+            if not service.settles:
+                settled[service.first :][: len(service.table)] = False
         plane.slots[settled] &= np.uint32(SLOT_BACKEND)
         in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
-        self._forget(places[~live & ~in_transition[slots] | (remembered.idle > flows.WRAPPING)])
         tables = ((service.first, len(service.table)) for service in self.applied.services.values())
         return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+
+    def sweep(self) -> None:
+        """Lets remembered flows age: who fell silent does not count as active any more, and is forgotten where nothing
+        depends on it. Takes 20 ms and more; may be called from another thread.
+        """
+        self.plane.sweep()
 
     def moved_to(self, plane: Dataplane) -> Engine:
         """An engine on larger maps that hold all that these do, under the same ids; see SHARED_MAPS for the rest."""
@@ -208,16 +222,15 @@ class Engine:
         engine.apply_all()
         return engine
 
-    def _live(self) -> flows.Flows:
-        tick = self._clock.tick
-        return flows.Flows.decode(flows.live_words(self.plane.flow_words, tick, self.plane.features.times), tick)
-
-    def _forget(self, ended: NDArray[np.intp]) -> None:
-        """Flows that ended, by their places: those of settled slots, because later ones of the same ports leave no
-        trace there, and would be taken for them at the next change; others before their tick comes round again and
-        they look alive.
-        """
-        self.plane.flow_words[ended] = 0
+    def _look(self) -> tuple[int, flows.Flows, flows.Mask, NDArray[np.uint32]]:
+        """The time, all remembered flows, which of them live, and the ids of their services (0: of none any more)."""
+        plane, tick = self.plane, self._clock.tick
+        words = plane.flow_words
+        remembered = flows.Flows.decode(words[words != 0], tick)
+        service_of = plane.backends.entries["service"]
+        services = np.where(remembered.backend < len(service_of), service_of[remembered.backend % len(service_of)], 0)
+        at_least = plane.services.entries["keep_idle"][services]
+        return tick, remembered, remembered.live(plane.features.times, at_least) & (services != 0), services
 
     def _moved(self, desired: DesiredService, table: NDArray[np.uint32]) -> int:
         name, listen = desired.config.name, desired.config.listen
@@ -234,6 +247,7 @@ class Engine:
             match operation:
                 case PutBackend(key, id_) if key not in self.applied.backends:
                     self._reset("backend_counters", id_)
+                    self.plane.loads["active"][id_] = 0
                 case PutService(name, id_) if self.applied.services[name].id != id_:
                     self._reset("drop_counters", id_)
                 case ClearBackend(key, id_):

@@ -1,7 +1,7 @@
 """The flow cache and the slots in transition, as arrays: what bpf/flow.h keeps, read and steered in bulk. Pure.
 
-A flow's word: fingerprint (32 bits), backend's id (18), tick (12), state (2). The fingerprint's lowest bits are those
-of the flow's hash, and so its slot's number.
+A flow's word: fingerprint (32 bits), whether it is counted as active (1), backend's id (17), tick (12), state (2). The
+fingerprint's lowest bits are those of the flow's hash, and so its slot's number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, FlowState, FlowTimes
+from xdplb.abi import BACKEND_GONE, SLOT_BACKEND, SLOT_IN_TRANSITION, FlowState, FlowTimes
 
 Words = NDArray[np.uint64]
 SlotWords = NDArray[np.uint32]
@@ -21,8 +21,8 @@ TRANSITION = np.dtype([("previous", "<u4"), ("deadline", "<u4")])
 """`struct transition`; the deadline in ticks."""
 
 TICK_MASK = 0xFFF
-WRAPPING = 3 * (TICK_MASK + 1) // 4
-"""An idle time in ticks at which a flow must be forgotten, before its tick comes round again and it looks alive."""
+COUNTED = np.uint64(1 << 31)
+_BACKEND_SHIFT, _BACKEND_MASK = np.uint64(14), np.uint64(0x1FFFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +39,28 @@ class Flows:
         """`idle` is in ticks, at the time `tick`."""
         return cls(
             fingerprint=(words >> np.uint64(32)).astype(np.uint32),
-            backend=(words >> np.uint64(14) & np.uint64(0x3FFFF)).astype(np.uint32),
+            backend=backends(words),
             idle=(np.uint64(tick) - (words >> np.uint64(2)) & np.uint64(TICK_MASK)).astype(np.uint32),
             state=(words & np.uint64(3)).astype(np.uint8),
         )
 
-    def live(self, times: FlowTimes) -> Mask:
-        """Those that have not been idle for longer than their state allows."""
+    def live(self, times: FlowTimes, at_least: NDArray[np.uint16] | int = 0) -> Mask:
+        """Those that have not been idle for longer than their state, or `at_least`, allows."""
         limits = np.zeros(len(FlowState), np.uint32)
         for state in FlowState:
             limits[state] = getattr(times, state.name.lower())
-        alive: Mask = self.idle <= limits[self.state]
+        alive: Mask = self.idle <= np.maximum(limits[self.state], at_least)
         return alive
 
 
-def live_words(words: Words, tick: int, times: FlowTimes) -> Words:
-    """The words in use whose flows live."""
-    used: Words = words[words != 0]
-    live: Words = used[Flows.decode(used, tick).live(times)]
-    return live
+def backends(words: Words) -> NDArray[np.uint32]:
+    found: NDArray[np.uint32] = (words >> _BACKEND_SHIFT & _BACKEND_MASK).astype(np.uint32)
+    return found
+
+
+def orphaned(word: np.uint64) -> np.uint64:
+    """The word of a flow whose backend is removed. It counts for nobody."""
+    return np.uint64((int(word) & ~(int(_BACKEND_MASK) << 14) & ~int(COUNTED)) | BACKEND_GONE << 14)
 
 
 def turn(

@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import abi, maglev
-from xdplb.abi import BackendFlag, ForwardCode, ServiceFlag
+from xdplb import abi, maglev, turns
+from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
 from xdplb.desired import DesiredBackend, DesiredService, reply_ports
 from xdplb.endpoints import Claim
-from xdplb.model import Address, BackendKey, FlowMemory, Forward, OnAllDown, Scheduler, Service
+from xdplb.model import Address, Affinity, BackendKey, FlowMemory, Forward, OnAllDown, OnRemove, Scheduler, Service
 
 SlotIds = NDArray[np.uint32]
 _Name = TypeVar("_Name")
@@ -42,6 +42,8 @@ class BackendEntry:
     ifindex: int = 0
     macs: bytes = bytes(12)
     mtu: int = 0
+    load_weight: int = 0
+    """Its share of new flows, where a scheduler chooses; 0 unless it is up."""
 
     @classmethod
     def unknown(cls) -> BackendEntry:
@@ -61,6 +63,13 @@ class ServiceEntry:
     gue_port: int
     forward: ForwardCode
     flags: ServiceFlag
+    scheduler: SchedulerCode = SchedulerCode.HASH
+    turns: int = 0
+    turn_count: int = 0
+    members: int = 0
+    client_prefix: int = 128
+    """Of the client's address in its IPv6 form."""
+    keep_idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +81,27 @@ class PutBackend:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PutSlots:
-    """`origin` is where the service's slots were before, first and number; None for a new service."""
+    """`origin` is where the service's slots were before, first and number; None for a new service. `settles`: whether
+    they settle in time, or stay in transition because the service remembers all flows. `window_s`: how long flows that
+    are not remembered go to previous backends; None for the usual time.
+    """
 
     service: str
     first: int
     table: SlotIds
     origin: tuple[int, int] | None
+    settles: bool = True
+    window_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PutTurns:
+    """Backends in turn, `count` of them, and behind those all backends once each, at `first` among the slots."""
+
+    service: str
+    first: int
+    ids: SlotIds
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +131,7 @@ class ClearBackend:
     id: int
 
 
-Operation = PutBackend | PutSlots | PutService | Publish | ClearService | ClearBackend
+Operation = PutBackend | PutSlots | PutTurns | PutService | Publish | ClearService | ClearBackend
 
 
 @dataclass(slots=True)
@@ -118,6 +142,8 @@ class AppliedService:
     first: int
     table: SlotIds
     entry: ServiceEntry | None = None
+    settles: bool = True
+    turns: PutTurns | None = None
 
 
 @dataclass(slots=True)
@@ -139,13 +165,14 @@ class Applied:
             case PutBackend(key, id_, entry):
                 self.backends[key] = (id_, entry)
             case PutSlots(name, first, table, _):
-                known = self.services.get(name)
-                if known is None:
-                    self.services[name] = AppliedService(0, first, table)
-                else:
-                    known.first, known.table = first, table
+                known = self.services.setdefault(name, AppliedService(0, first, table))
+                known.first, known.table, known.settles = first, table, operation.settles
+            case PutTurns(name):
+                self.services[name].turns = operation
             case PutService(name, id_, entry):
-                self.services[name].id, self.services[name].entry = id_, entry
+                known = self.services[name]
+                known.id, known.entry = id_, entry
+                known.turns = known.turns if entry.turn_count else None
             case Publish():
                 self.published = operation
             case ClearService(name):
@@ -171,7 +198,7 @@ class Planner:
         services = {name: service.id for name, service in applied.services.items() if service.id}
         self._service_ids = _Ids("services", applied.geometry.services, services)
         backends = {key: id_ for key, (id_, _) in applied.backends.items()}
-        self._backend_ids = _Ids("backends", applied.geometry.backends, backends)
+        self._backend_ids = _Ids("backends", min(applied.geometry.backends, abi.BACKEND_GONE - 1), backends)
         self._gaps = self._find_gaps()
 
     def whole(self, desired: Iterable[DesiredService]) -> Iterator[Operation]:
@@ -215,32 +242,50 @@ class Planner:
                     changed.append(put)
         return sorted(changed, key=lambda put: BackendFlag.UP in put.entry.flags)
 
-    def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutService]:
+    def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutTurns | PutService]:
         name = desired.config.name
         yield from self._slots(desired)
+        if _takes_turns(desired.config):
+            yield from self._turns(desired)
         entry = self._service_entry(desired)
         if entry != self.applied.services[name].entry:
             yield PutService(name, self._service_ids.of(name), entry)
 
     def _slots(self, desired: DesiredService) -> Iterator[PutSlots]:
-        name, listen = desired.config.name, desired.config.listen
-        members = [
-            maglev.Member(b.config.label(listen), self._backend_ids.of(BackendKey(name, b.config.name)), b.weight)
-            for b in desired.backends
-        ]
+        name, members = desired.config.name, self._members(desired)
         size = maglev.table_size(len(members))
+        settles, window_s = not desired.config.remembers_all, _window_s(desired.config)
         known = self.applied.services.get(name)
         if known is None:
-            yield PutSlots(name, self._room(name, size), maglev.build(members, size), None)
+            yield PutSlots(name, self._room(name, size), maglev.build(members, size), None, settles, window_s)
             return
         origin = known.first, len(known.table)
         if size > len(known.table):
             table = maglev.repair(maglev.resize(known.table, size), members)
-            yield PutSlots(name, self._room(name, size), table, origin)
+            yield PutSlots(name, self._room(name, size), table, origin, settles, window_s)
             return
         table = maglev.repair(known.table, members)
-        if not np.array_equal(table, known.table):
-            yield PutSlots(name, known.first, table, origin)
+        if settles is not known.settles or not np.array_equal(table, known.table):
+            yield PutSlots(name, known.first, table, origin, settles, window_s)
+
+    def _turns(self, desired: DesiredService) -> Iterator[PutTurns]:
+        """Turns take the room that they have while they fit."""
+        name, members = desired.config.name, self._members(desired)
+        cycle = turns.cycle(members, turns.room(maglev.table_size(len(members))) - len(members))
+        ids = np.concatenate([cycle, np.array([m.id for m in members if m.weight], np.uint32)])
+        known = self.applied.services[name].turns
+        if np.array_equal(known.ids if known else [], ids) and (known.count if known else 0) == len(cycle):
+            return
+        fits = known is not None and _room_for(len(ids)) <= _room_for(len(known.ids))
+        first = known.first if known is not None and fits else self._room(name, _room_for(len(ids)))
+        yield PutTurns(name, first, ids, len(cycle))
+
+    def _members(self, desired: DesiredService) -> list[maglev.Member]:
+        name, listen = desired.config.name, desired.config.listen
+        return [
+            maglev.Member(b.config.label(listen), self._backend_ids.of(BackendKey(name, b.config.name)), b.weight)
+            for b in desired.backends
+        ]
 
     def _room(self, name: str, size: int) -> int:
         """The first gap of `size` slots, aligned to its size. Slots freed since are looked for when none is left."""
@@ -278,19 +323,29 @@ class Planner:
             yield service.first, len(service.table)
             if service.entry is not None:
                 yield service.entry.slots, service.entry.slot_count
+            if service.turns is not None:
+                yield service.turns.first, _room_for(len(service.turns.ids))
 
     def _service_entry(self, desired: DesiredService) -> ServiceEntry:
         service = desired.config
         applied = self.applied.services[service.name]
+        cycle = applied.turns if applied.turns and applied.turns.count and _takes_turns(service) else None
+        affinity = service.affinity or Affinity()
         return ServiceEntry(
             address=service.listen.address,
             slots=applied.first,
             slot_count=len(applied.table),
-            hash_ports=service.scheduler is not Scheduler.SOURCE_HASH,
+            hash_ports=service.scheduler is not Scheduler.SOURCE_HASH and service.affinity is None,
             port=service.listen.first_port if service.listen.single_port else 0,
             gue_port=service.gue_port,
             forward=ForwardCode[service.forward.name],
             flags=_service_flags(service),
+            scheduler=_code(service.scheduler),
+            turns=cycle.first if cycle else 0,
+            turn_count=cycle.count if cycle else 0,
+            members=len(cycle.ids) - cycle.count if cycle else 0,
+            client_prefix=affinity.prefix6 if service.listen.address.version == 6 else 96 + affinity.prefix4,
+            keep_idle_s=affinity.timeout_s if service.affinity else 0.0,
         )
 
     def _backend_entry(self, desired: DesiredService, backend: DesiredBackend, service_id: int) -> BackendEntry:
@@ -317,6 +372,7 @@ class Planner:
             ifindex=way.ifindex,
             macs=way.dest_mac + way.source_mac,
             mtu=min(way.mtu, 65535),
+            load_weight=backend.weight if backend.up and not desired.config.scheduler.hashes else 0,
         )
 
     def _source(self, own: Address | None, forward: Forward, backend: Address) -> tuple[Address | None, int]:
@@ -348,7 +404,36 @@ def _service_flags(service: Service) -> ServiceFlag:
         flags |= ServiceFlag.REJECT
     if service.flows is FlowMemory.NONE:
         flags |= ServiceFlag.STATELESS
+    if service.on_remove is OnRemove.RESET:
+        flags |= ServiceFlag.RESET
+    if service.affinity is not None:
+        flags |= ServiceFlag.BY_CLIENT
     return flags
+
+
+def _code(scheduler: Scheduler) -> SchedulerCode:
+    """rr is wrr, and lc wlc, where all weigh the same; where they do not, nobody wants the weights left out."""
+    match scheduler:
+        case Scheduler.RR | Scheduler.WRR:
+            return SchedulerCode.TURNS
+        case Scheduler.LC | Scheduler.WLC:
+            return SchedulerCode.LEAST
+        case Scheduler.P2C:
+            return SchedulerCode.TWO
+    return SchedulerCode.HASH
+
+
+def _takes_turns(service: Service) -> bool:
+    return _code(service.scheduler) in (SchedulerCode.TURNS, SchedulerCode.LEAST)
+
+
+def _window_s(service: Service) -> float | None:
+    """A client may be silent for as long as its affinity lasts."""
+    return service.affinity.timeout_s if service.affinity else None
+
+
+def _room_for(ids: int) -> int:
+    return 1 << max(ids - 1, 0).bit_length()
 
 
 class _Ids(Generic[_Name]):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from xdplb import abi, maglev
+from xdplb import abi, maglev, turns
 from xdplb.abi import Features, FlowTimes, Geometry
 from xdplb.endpoints import address_buckets_for, intervals_for
-from xdplb.model import Config, Forward
+from xdplb.model import Config, Forward, Service
 
 NO_TIMES = FlowTimes()
 FLOWS_PER_SET = 8
 _MIN_BACKENDS = 1024
 _MIN_SLOTS = 1 << 17
+_MAX_SLOTS = 1 << 25
+"""What the packet path can address."""
 
 
 def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) -> Features:
@@ -33,20 +35,33 @@ def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) 
         outer_ipv4=4 in outer,
         outer_ipv6=6 in outer,
         tx_by_redirect=tx_by_redirect,
+        choice=any(not service.scheduler.hashes for service in config.services),
+        client_prefix=any(_has_prefix(service) for service in config.services),
         times=times,
     )
+
+
+def _has_prefix(service: Service) -> bool:
+    affinity = service.affinity
+    return affinity is not None and (affinity.prefix4, affinity.prefix6) != (32, 128)
+
+
+def _slots(service: Service) -> int:
+    """Of its table, and of its turns at their longest."""
+    size = maglev.table_size(len(service.backends))
+    return size if service.scheduler.hashes else size + turns.room(size)
 
 
 def geometry(config: Config) -> Geometry:
     """Maps that hold the configuration twice over: while one replaces another, they hold both."""
     backends = sum(len(service.backends) for service in config.services)
-    slots = sum(maglev.table_size(len(service.backends)) for service in config.services)
+    slots = sum(map(_slots, config.services))
     addresses = {service.listen.address for service in config.services}
     addresses |= {b.address for s in config.services if s.forward is Forward.NAT for b in s.backends}
     return Geometry(
         services=2 * abi.MAX_SERVICES,
         backends=max(_power_of_two(2 * backends), _MIN_BACKENDS),
-        slots=max(_power_of_two(2 * slots), _MIN_SLOTS),
+        slots=min(max(_power_of_two(2 * slots), _MIN_SLOTS), _MAX_SLOTS),
         address_buckets=address_buckets_for(2 * len(addresses)),
         intervals=intervals_for(2 * (len(config.services) + backends)),
         flow_sets=_power_of_two(config.flow_cache.capacity // FLOWS_PER_SET),

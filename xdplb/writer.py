@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv6Address
+
 import numpy as np
 
 from xdplb import endpoints, flows
+from xdplb.abi import BACKEND_GONE, SLOT_IN_TRANSITION, BackendFlag, ServiceFlag
 from xdplb.bundle import HashKey
 from xdplb.clock import Clock
 from xdplb.codec import Value, network_order
@@ -20,6 +23,7 @@ from xdplb.plan import (
     PutBackend,
     PutService,
     PutSlots,
+    PutTurns,
     ServiceEntry,
 )
 
@@ -41,19 +45,20 @@ class MapWriter:
         plane = self._plane
         match operation:
             case PutBackend(_, id_, entry):
+                plane.loads["weight"][id_] = entry.load_weight if BackendFlag.UP in entry.flags else 0
                 plane.backends.write(id_, plane.backends.codec.encode(_backend_fields(entry)))
             case PutSlots():
                 self._put_slots(operation)
+            case PutTurns(_, first, ids):
+                plane.slots[first : first + len(ids)] = ids
             case PutService(_, id_, entry):
-                plane.services.write(id_, plane.services.codec.encode(_service_fields(entry)))
+                plane.services.write(id_, plane.services.codec.encode(self._service_fields(entry)))
             case Publish():
                 self._publish(operation)
             case ClearService(_, id_):
                 plane.services.write(id_, bytes(plane.services.codec.size))
             case ClearBackend(_, id_):
-                plane.backends.write(id_, bytes(plane.backends.codec.size))
-                plane.direct_seen[id_] = 0
-                self._forget(id_)
+                self._clear_backend(id_)
 
     def _put_slots(self, put: PutSlots) -> None:
         """Slots that change hands are in transition from this moment on; a table that moves takes its transitions
@@ -61,21 +66,32 @@ class MapWriter:
         """
         plane, table = self._plane, put.table
         here = slice(put.first, put.first + len(table))
+        kept = np.uint32(0 if put.settles else SLOT_IN_TRANSITION)
         if put.origin is None:
-            plane.slots[here] = table
+            plane.transitions[here] = 0
+            plane.slots[here] = table | kept
             return
         first, size = put.origin
         old = first + np.arange(len(table)) % size
-        words, transitions = flows.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, self.window)
+        window = max(self.window, self._clock.ticks(put.window_s or 0.0))
+        words, transitions = flows.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, window)
         plane.transitions[here] = transitions
-        plane.slots[here] = words
+        plane.slots[here] = words | kept
 
-    def _forget(self, backend: int) -> None:
-        """Flows and slots must not mean another backend that gets this id later."""
-        words = self._plane.flow_words
-        for index in np.flatnonzero((words >> np.uint64(14) & np.uint64(0x3FFFF)) == backend):
-            words[index] = 0
-        self._plane.transitions["previous"][self._plane.transitions["previous"] == backend] = 0
+    def _clear_backend(self, backend: int) -> None:
+        """Flows and slots must not mean another backend that gets this id later. Where the service tells clients, they
+        are kept as orphans.
+        """
+        plane, words = self._plane, self._plane.flow_words
+        service = plane.backends.entries["service"][backend]
+        tells = plane.services.entries["flags"][service] & ServiceFlag.RESET
+        plane.loads["weight"][backend] = 0
+        plane.backends.write(backend, bytes(plane.backends.codec.size))
+        plane.direct_seen[backend] = 0
+        for index in np.flatnonzero(flows.backends(words) == backend):
+            words[index] = flows.orphaned(words[index]) if tells else 0
+        previous = plane.transitions["previous"]
+        previous[previous == backend] = BACKEND_GONE if tells else 0
 
     def build(self, publish: Publish) -> Endpoints:
         """The address table for the half that no packet looks at. CapacityExceeded where it has no room."""
@@ -92,6 +108,25 @@ class MapWriter:
             )
         except endpoints.TableFull as error:
             raise CapacityExceeded(str(error)) from error
+
+    def _service_fields(self, entry: ServiceEntry) -> dict[str, Value]:
+        mask = IPv6Address((1 << 128) - (1 << 128 - entry.client_prefix))
+        return {
+            "address": address_words(entry.address),
+            "slots": entry.slots,
+            "slot_mask": entry.slot_count - 1,
+            "turns": entry.turns,
+            "turn_count": entry.turn_count,
+            "client_mask": address_words(mask),
+            "ports_mask": 0xFFFFFFFF if entry.hash_ports else 0,
+            "port": network_order(entry.port),
+            "gue_port": network_order(entry.gue_port),
+            "members": entry.members,
+            "keep_idle": self._clock.ticks(entry.keep_idle_s),
+            "forward": int(entry.forward),
+            "flags": int(entry.flags),
+            "scheduler": int(entry.scheduler),
+        }
 
     def _publish(self, publish: Publish) -> None:
         """Fills that half, then turns the packets to it."""
@@ -112,18 +147,5 @@ def _backend_fields(entry: BackendEntry) -> dict[str, Value]:
         "service": entry.service,
         "port": network_order(entry.port),
         "mtu": entry.mtu,
-        "flags": int(entry.flags),
-    }
-
-
-def _service_fields(entry: ServiceEntry) -> dict[str, Value]:
-    return {
-        "address": address_words(entry.address),
-        "slots": entry.slots,
-        "slot_mask": entry.slot_count - 1,
-        "ports_mask": 0xFFFFFFFF if entry.hash_ports else 0,
-        "port": network_order(entry.port),
-        "gue_port": network_order(entry.gue_port),
-        "forward": int(entry.forward),
         "flags": int(entry.flags),
     }

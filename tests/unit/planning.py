@@ -40,6 +40,7 @@ from xdplb.plan import (
     PutBackend,
     PutService,
     PutSlots,
+    PutTurns,
     ServiceEntry,
     Tunnels,
 )
@@ -102,6 +103,9 @@ class Maps:
                 assert origin is None or len(table) >= origin[1], "half a table would move half of its flows"
                 self.places[name] = first, len(table)
                 self.slots[first : first + len(table)] = table
+            case PutTurns(name, first, ids):
+                assert first + len(ids) <= len(self.slots)
+                self.slots[first : first + len(ids)] = ids
             case PutService(name, id_, service):
                 assert id_ > 0
                 assert self.services.get(id_, (name,))[0] == name, "a live service's id was given to another"
@@ -121,12 +125,16 @@ class Maps:
         for _, entry in self.backends.values():
             if BackendFlag.UP in entry.flags:
                 assert entry.ifindex and any(entry.macs)
-        ranges = sorted((e.slots, e.slots + e.slot_count) for _, e in self.services.values())
+        ranges = sorted(
+            [(e.slots, e.slots + e.slot_count) for _, e in self.services.values()]
+            + [(e.turns, e.turns + e.turn_count + e.members) for _, e in self.services.values() if e.turn_count]
+        )
         assert all(end <= start for (_, end), (start, _) in pairwise(ranges)), "slots of two services"
         for claim in self.published.services:
             name, service = self.services[claim.target]
             assert service.slot_count.bit_count() == 1 and service.slots % service.slot_count == 0
-            for id_ in np.unique(self.table(service)).tolist():
+            turns = self.slots[service.turns :][: service.turn_count + service.members]
+            for id_ in np.unique(np.concatenate([self.table(service), turns])).tolist():
                 assert id_ == 0 or self.backends[id_][0].service == name
         published = {self.services[claim.target][0] for claim in self.published.services}
         for claim in self.published.replies:
@@ -137,7 +145,7 @@ class Maps:
         services = {id_: name for id_, (name, _) in self.services.items()}
         return ByName(
             {k: (services.get(e.service), replace(e, service=0)) for k, e in self.backends.values()},
-            {name: replace(entry, slots=0) for name, entry in self.services.values()},
+            {name: replace(entry, slots=0, turns=0) for name, entry in self.services.values()},
             {n: [names.get(i) for i in self.table(e).tolist()] for n, e in self.services.values()},
             {(services[c.target], replace(c, target=1)) for c in self.published.services},
             {(names[c.target], replace(c, target=1)) for c in self.published.replies},

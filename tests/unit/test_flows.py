@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdplb import flows
-from xdplb.abi import SLOT_IN_TRANSITION, FlowState, FlowTimes
-from xdplb.flows import TICK_MASK, TRANSITION, WRAPPING, Flows, live_words, settle, turn
+from xdplb.abi import BACKEND_GONE, FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState, FlowTimes
+from xdplb.flows import TICK_MASK, TRANSITION, Flows, orphaned, settle, turn
 
 TIMES = FlowTimes(opening=60, established=900, closing=120, datagram=300)
 LIMITS = {
@@ -22,9 +22,9 @@ LIMITS = {
 }
 
 
-def word(fingerprint: int, backend: int, tick: int, state: FlowState) -> int:
-    """By hand: 32 bits, 18, 12 and 2, the fingerprint first."""
-    bits = f"{fingerprint:032b}{backend:018b}{tick % 4096:012b}{int(state):02b}"
+def word(fingerprint: int, backend: int, tick: int, state: FlowState, counted: bool = True) -> int:
+    """By hand: 32 bits, 1, 17, 12 and 2, the fingerprint first."""
+    bits = f"{fingerprint:032b}{int(counted)}{backend:017b}{tick % 4096:012b}{int(state):02b}"
     assert len(bits) == 64
     return int(bits, 2)
 
@@ -34,7 +34,7 @@ def words(*values: int) -> flows.Words:
 
 
 fingerprints = st.integers(0, (1 << 32) - 1)
-backends = st.integers(0, (1 << 18) - 1)
+backends = st.integers(0, (1 << 17) - 1)
 ticks = st.integers(0, (1 << 32) - 1)
 states = st.sampled_from(FlowState)
 
@@ -53,16 +53,15 @@ def test_a_flow_lives_as_long_as_its_state_allows_and_not_a_tick_more(state: Flo
     limit = LIMITS[state]
     packed = words(*(word(1, 1, now - idle, state) for idle in (0, 1, limit - 1, limit, limit + 1, 2 * limit, 4095)))
     assert Flows.decode(packed, now).live(TIMES).tolist() == [True, True, True, True, False, False, False]
-    assert live_words(packed, now, TIMES).tolist() == packed[:4].tolist()
 
 
 @pytest.mark.parametrize("state", FlowState)
 def test_after_4096_ticks_a_flow_would_look_alive_again(state: FlowState) -> None:
     """Why those that are idle for three quarters of that are forgotten: none of the states may be that long."""
     packed = words(word(1, 1, 100, state))
-    assert not Flows.decode(packed, 100 + WRAPPING).live(TIMES).any()
+    assert not Flows.decode(packed, 100 + FLOW_WRAPPING).live(TIMES).any()
     assert Flows.decode(packed, 100 + 4096).live(TIMES).all()
-    assert max(LIMITS.values()) < WRAPPING < TICK_MASK
+    assert max(LIMITS.values()) < FLOW_WRAPPING < TICK_MASK
 
 
 def test_each_state_has_its_own_time() -> None:
@@ -73,10 +72,17 @@ def test_each_state_has_its_own_time() -> None:
         assert dead == {state}
 
 
-def test_free_words_are_no_flows() -> None:
-    living = word(7, 3, 10, FlowState.ESTABLISHED)
-    assert live_words(words(0, living, 0, 0), 10, TIMES).tolist() == [living]
-    assert live_words(words(0, 0), 0, TIMES).tolist() == []
+def test_a_flow_lives_longer_where_its_service_says_so() -> None:
+    packed = words(*(word(1, 1, 100 - idle, FlowState.CLOSING) for idle in (100, 150, 151)))
+    assert Flows.decode(packed, 100).live(TIMES, np.array([0, 150, 150], np.uint16)).tolist() == [True, True, False]
+
+
+@given(fingerprints, backends, st.integers(0, TICK_MASK), states, st.booleans())
+def test_the_flow_of_a_removed_backend_is_nobodys_and_counts_for_nobody(
+    who: int, where: int, tick: int, state: FlowState, counted: bool
+) -> None:
+    orphan = orphaned(words(word(who, where, tick, state, counted))[0])
+    assert int(orphan) == word(who, BACKEND_GONE, tick, state, counted=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from planning import (
     with_status,
 )
 
-from xdplb.abi import BackendFlag, ForwardCode, ServiceFlag
+from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
 from xdplb.desired import BackendStatus, reply_ports
 from xdplb.model import (
     Backend,
@@ -105,6 +105,17 @@ def test_who_does_not_encapsulate_keeps_its_own_source() -> None:
     assert (entry.source, entry.source_spread) == (WAY.source, 0)
 
 
+SCHEDULER_CODES = {
+    Scheduler.MAGLEV: SchedulerCode.HASH,
+    Scheduler.SOURCE_HASH: SchedulerCode.HASH,
+    Scheduler.RR: SchedulerCode.TURNS,
+    Scheduler.WRR: SchedulerCode.TURNS,
+    Scheduler.LC: SchedulerCode.LEAST,
+    Scheduler.WLC: SchedulerCode.LEAST,
+    Scheduler.P2C: SchedulerCode.TWO,
+}
+
+
 @pytest.mark.parametrize("forward", Forward)
 @pytest.mark.parametrize("scheduler", Scheduler)
 @pytest.mark.parametrize("on_all_down", OnAllDown)
@@ -116,13 +127,15 @@ def test_a_service(
     of = service("s1", 3, forward=forward, scheduler=scheduler, on_all_down=on_all_down, listen=listen)
     machine = Machine()
     machine.become(healthy(replace(of, gue_port=666)))
+    code = SCHEDULER_CODES[scheduler]
+    turns = 3 if code in (SchedulerCode.TURNS, SchedulerCode.LEAST) else 0
     name, entry = machine.maps.services[1]
     assert name == "s1"
     assert entry == ServiceEntry(
         address=listen.address,
         slots=0,
         slot_count=512,
-        hash_ports=scheduler is Scheduler.MAGLEV,
+        hash_ports=scheduler is not Scheduler.SOURCE_HASH,
         port=port,
         gue_port=666,
         forward={
@@ -132,6 +145,10 @@ def test_a_service(
             Forward.GUE: ForwardCode.GUE,
         }[forward],
         flags=ServiceFlag.REJECT if on_all_down is OnAllDown.REJECT else ServiceFlag(0),
+        scheduler=code,
+        turns=512 if turns else 0,
+        turn_count=turns,
+        members=turns,
     )
 
 

@@ -29,8 +29,6 @@ NOTHING = Features(
 )
 
 V4, V6 = IPv4Address("10.0.0.1"), IPv6Address("2001:db8::1")
-FLOW_BACKEND = (1 << 18) - 1
-"""The largest id that a remembered flow can name."""
 LARGEST_OFFSET = 1 << 29
 """What the verifier lets a program add to a pointer: BPF_MAX_VAR_OFF, include/linux/bpf_verifier.h."""
 
@@ -175,7 +173,7 @@ def test_the_largest_configurations_are_within_what_the_packet_path_can_address(
     of = config(*counts)
     size = geometry(of)
     assert fits(of, size)
-    assert size.backends <= min(abi.SLOT_BACKEND, FLOW_BACKEND)
+    assert size.backends <= abi.MAX_BACKEND_IDS < abi.SLOT_BACKEND
     assert size.slots <= 1 << 25
     assert flows.TRANSITION.itemsize * size.slots < LARGEST_OFFSET
     assert size.services >= 2 * abi.MAX_SERVICES

@@ -113,7 +113,14 @@ class Lab:
     def start(self, *services: Service, window: int = WINDOW) -> None:
         """Empties all maps, then serves with all backends healthy."""
         plane = self.plane
-        for memory in (plane.slots, plane.flow_words, plane.backends.raw, plane.services.raw, plane.direct_seen):
+        for memory in (
+            plane.slots,
+            plane.flow_words,
+            plane.backends.raw,
+            plane.services.raw,
+            plane.direct_seen,
+            plane.loads["active"],
+        ):
             memory[:] = 0
         for structs in (plane.transitions, plane.addresses, plane.intervals):
             structs.view(np.uint8)[:] = 0
@@ -132,6 +139,12 @@ class Lab:
         for key in self._keys() - before:
             engine.update(key, healthy(key.backend))
         engine.apply_all()
+
+    def settle(self) -> int:
+        """What the daemon does every few seconds. Returns how many slots are still in transition."""
+        unsettled = self.engine.settle()
+        self.engine.sweep()
+        return unsettled
 
     def _keys(self) -> set[BackendKey]:
         return {BackendKey(s.name, b.name) for s in self.engine.config.services for b in s.backends}

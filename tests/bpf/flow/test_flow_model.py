@@ -9,14 +9,15 @@ import pytest
 from flowlab import ACK, FIN, HASH, STILL, SYN, WINDOW, Lab, backend, healthy, service
 from flowmodel import Flow, Kind, Pool, Rule
 
-from xdplb.flows import TICK_MASK, WRAPPING
+from xdplb.abi import FLOW_WRAPPING
+from xdplb.flows import TICK_MASK
 from xdplb.model import Admin, BackendKey, FlowMemory, HealthState, OnDown, Scheduler
 
 NAMES = [f"{letter}{number}" for letter in "abcd" for number in range(3)]
 STEPS = 60
 KINDS = {SYN: Kind.OPENS, ACK: Kind.GOES_ON, FIN | ACK: Kind.CLOSES}
 LIMITS = {Kind.OPENS: STILL.opening, Kind.GOES_ON: STILL.established, Kind.CLOSES: STILL.closing}
-LONGEST_UNSETTLED = TICK_MASK - WRAPPING
+LONGEST_UNSETTLED = TICK_MASK - FLOW_WRAPPING
 """Ticks: the control plane settles at least as often, or ticks would come round again."""
 
 
@@ -106,7 +107,7 @@ class History:
 
     def settle(self) -> None:
         self.settled_at = self.rule.tick
-        assert self.lab.engine.settle() == self.rule.settle()
+        assert self.lab.settle() == self.rule.settle()
 
     def packet(self) -> None:
         if not self.flows or self.random.random() < 0.2:

@@ -81,7 +81,7 @@ def test_who_sends_now_and_then_is_remembered_for_ever(lab: Lab) -> None:
     for _ in range(10):
         assert lab.send(flow) == "a"
         lab.pass_time(WINDOW)
-        assert lab.engine.settle() > 0
+        assert lab.settle() > 0
 
 
 LIMITS = {"a SYN alone": (SYN, 60), "data": (ACK, 900), "a FIN": (FIN | ACK, 120), "a reset": (RST, 120)}
@@ -96,10 +96,10 @@ def test_an_idle_flow_is_remembered_as_long_as_its_state_allows(lab: Lab, flags:
     lab.ready("a")
     lab.drain(str(home))
     lab.pass_time(limit)
-    lab.engine.settle()
+    lab.settle()
     assert lab.send(flow) == home
     lab.pass_time(901)
-    assert lab.engine.settle() == 0
+    assert lab.settle() == 0
     assert lab.send(flow) == lab.owner(flow) != home
 
 
@@ -113,9 +113,9 @@ def test_the_slot_of_a_flow_settles_when_it_has_been_idle_for_longer(lab: Lab, f
         lab.drain(home)
         lab.ready("a")
     lab.pass_time(limit)
-    assert lab.engine.settle() == 1
+    assert lab.settle() == 1
     lab.pass_time(1)
-    assert lab.engine.settle() == 0
+    assert lab.settle() == 0
 
 
 def test_the_last_acknowledgement_does_not_open_a_closing_flow_again(lab: Lab) -> None:
@@ -125,9 +125,9 @@ def test_the_last_acknowledgement_does_not_open_a_closing_flow_again(lab: Lab) -
     for flags in (ACK, FIN | ACK, ACK):
         assert lab.send(flow, flags) == "a"
     lab.pass_time(120)
-    assert lab.engine.settle() == 1
+    assert lab.settle() == 1
     lab.pass_time(1)
-    assert lab.engine.settle() == 0
+    assert lab.settle() == 0
 
 
 def test_two_changes_within_a_window(either: Lab) -> None:
@@ -242,9 +242,9 @@ class TestDatagrams:
         lab.drain("a")
         assert lab.send(flow) == "a"
         lab.pass_time(300)
-        assert lab.engine.settle() == 1
+        assert lab.settle() == 1
         lab.pass_time(1)
-        assert lab.engine.settle() == 0
+        assert lab.settle() == 0
 
 
 class TestErrorsAboutFlows:
@@ -277,7 +277,7 @@ class TestErrorsAboutFlows:
         lab.pass_time(100)
         assert lab.error_about(flow) == "a"
         lab.pass_time(21)
-        assert lab.engine.settle() == 0
+        assert lab.settle() == 0
 
     def test_of_a_service_that_remembers_nothing(self, lab: Lab) -> None:
         lab.start(service(flows=FlowMemory.NONE))

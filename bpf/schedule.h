@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Schedulers that choose: for a new flow, rather than a hash, whose turn it is or who is least busy. They run in a program of
+ * their own (xdplb_schedule), which gets a choice to make and leaves it made; what becomes of it is flow.h's affair.
+ *
+ * Behind a service's slots the control plane keeps its backends in turn: each as often as it weighs, evenly spread; and behind
+ * those, for who has to look at all of them, each once.
+ */
+#ifndef XDPLB_SCHEDULE_H
+#define XDPLB_SCHEDULE_H
+
+#include "count.h"
+#include "flow.h"
+#include "maps.h"
+#include "slots.h"
+
+/* How many turns of backends that went down a moment ago are passed over. */
+#define TURN_TRIES 8
+
+/* How many backends are looked at in one call of the program. */
+#define STRETCH 512
+
+static __always_inline struct load *find_load(__u32 id)
+{
+	return loads.lookup(&id);
+}
+
+static __always_inline __u32 processor(void)
+{
+	static __u32 (*get_smp_processor_id)(void) = (void *)8;
+
+	return get_smp_processor_id();
+}
+
+/* rr, wrr: whose turn it is. Every CPU takes turns of its own, beginning at another place. BACKEND_GONE: nobody's. */
+static __always_inline __u32 choose_by_turn(const struct service *service, __u32 service_id)
+{
+	__u32 *taken = turns_taken.lookup(&service_id), count = service->turn_count, id, place;
+	struct load *load;
+
+	if (!taken || !count)
+		return BACKEND_GONE;
+	for (int i = 0; i < TURN_TRIES; i++) {
+		place = (*taken + processor()) % count;
+		(*taken)++;
+		id = read_slot((service->turns + place) & (SLOTS - 1)) & SLOT_BACKEND;
+		load = find_load(id);
+		if (load && load->weight)
+			return id;
+	}
+	return BACKEND_GONE;
+}
+
+/*
+ * Would a flow more be less of a burden to `a` than to `b`? Flows in proportion to weight, the new one counted half (Webster's
+ * method of apportionment): so everybody stays within a flow of its share.
+ */
+static __always_inline bool is_less_busy(__u64 active, __u64 weight, __u64 than_active, __u64 than_weight)
+{
+	return (2 * active + 1) * than_weight < (2 * than_active + 1) * weight;
+}
+
+/*
+ * lc, wlc: whose turn it is, if it has nothing to do, else the least busy of all. Those are looked at in stretches: 0 means
+ * that there are more. The verifier keeps count of every branch of a loop.
+ */
+static __always_inline __u32 choose_least_busy(const struct service *service, struct choice *choice)
+{
+	__u32 first = service->turns + service->turn_count, best, id, seen = choice->seen;
+	struct load *load;
+	__u64 active, weight;
+
+	best = seen ? choice->best : choose_by_turn(service, choice->service);
+	load = find_load(best);
+	if (!load)
+		return BACKEND_GONE;
+	active = load->active;
+	weight = load->weight;
+	if (!active)
+		return best;
+	for (int i = 0; i < STRETCH; i++) {
+		if (seen >= service->members)
+			return best;
+		id = read_slot((first + seen) & (SLOTS - 1)) & SLOT_BACKEND;
+		seen++;
+		load = find_load(id);
+		if (load && is_less_busy(load->active, load->weight, active, weight)) {
+			best = id;
+			active = load->active;
+			weight = load->weight;
+		}
+	}
+	choice->best = best;
+	choice->seen = seen;
+	return 0;
+}
+
+/* p2c: the less busy one of two that the slots, which go by weight, name at random. */
+static __always_inline __u32 choose_of_two(const struct service *service, __u64 key)
+{
+	__u64 other_key = mix(finish(key), 1);
+	__u32 one = read_slot(slot_index(service, finish(key))) & SLOT_BACKEND;
+	__u32 other = read_slot(slot_index(service, other_key)) & SLOT_BACKEND;
+	struct load *load = find_load(one), *other_load = find_load(other);
+
+	if (!load || !other_load)
+		return BACKEND_GONE;
+	return is_less_busy(other_load->active, other_load->weight, load->active, load->weight) ? other : one;
+}
+
+/* Makes the choice that is open on this CPU: BACKEND_GONE where nobody can be chosen, 0 where that takes another call. */
+static __always_inline __u32 choose(struct choice *choice)
+{
+	struct service *service = services.lookup(&choice->service);
+
+	if (!service)
+		return BACKEND_GONE;
+	switch (service->scheduler) {
+	case SCHEDULER_TURNS:
+		return choose_by_turn(service, choice->service);
+	case SCHEDULER_LEAST:
+		return choose_least_busy(service, choice);
+	case SCHEDULER_TWO:
+		return choose_of_two(service, choice->key);
+	default:
+		return BACKEND_GONE;
+	}
+}
+
+/* Does the service's scheduler choose for packets like this, where nothing is remembered of their flow? */
+static __always_inline bool is_to_choose(const struct flow *flow)
+{
+	return flow->service->scheduler != SCHEDULER_HASH && (flow->anybody || flow->state == FLOW_DATAGRAM);
+}
+
+/* The choice that was made for this flow; the one made, or CHOICE_OPEN with everything noted for whoever makes it. */
+static __always_inline __u32 take_choice(const struct flow *flow)
+{
+	__u32 zero = 0, made;
+	struct choice *choice = choices.lookup(&zero);
+
+	if (!choice)
+		return BACKEND_GONE;
+	made = choice->backend;
+	choice->backend = 0;
+	if (made && choice->key == flow->key && choice->service == flow->service_id)
+		return made;
+	*choice = (struct choice){ .key = flow->key, .service = flow->service_id };
+	return CHOICE_OPEN;
+}
+
+#endif
