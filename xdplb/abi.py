@@ -120,6 +120,7 @@ class Features:
     tx_by_redirect: bool
     choice: bool = False
     client_prefix: bool = False
+    watchdog: bool = False
     times: FlowTimes = FlowTimes()
 
 
@@ -152,6 +153,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "TX_BY_REDIRECT": features.tx_by_redirect,
         "HAVE_CHOICE": features.choice,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
+        "HAVE_WATCHDOG": features.watchdog,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,
         "SLOTS": geometry.slots,

@@ -43,6 +43,7 @@ STOPPING_S = 10.0
 """How long `down` waits for a daemon that was told to stop."""
 
 SETTLE_EVERY_S = 5.0
+BEAT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,11 @@ class Daemon:
         tx_by_redirect = any(interface.kind == "veth" for interface in self._interfaces)
         self._generations = generations.Generations(instance, generations.hash_key(self.config), tx_by_redirect)
         async with asyncio.TaskGroup() as tasks:
-            tending = [tasks.create_task(self._watch.run()), tasks.create_task(self._settle())]
+            tending = [
+                tasks.create_task(self._watch.run()),
+                tasks.create_task(self._settle()),
+                tasks.create_task(self._beat()),
+            ]
             self._handle_signals(tasks)
             try:
                 if await self._unless_stopped(tasks.create_task(self._start(left))):
@@ -190,7 +195,7 @@ class Daemon:
             self.steering.forget_others(self.config)
             self._save()
             self._gateway.prepare(self.config)
-            await self._attach(self.engine)
+            await self._attach(self.engine, self.config)
             self.leave_running = False
             await self._gateway.add_addresses(self.config)
             await self._gateway.remove_addresses(self.config)
@@ -199,7 +204,8 @@ class Daemon:
             self._save()
             self.serving = True
 
-    async def _attach(self, engine: Engine) -> None:
+    async def _attach(self, engine: Engine, config: Config) -> None:
+        engine.show_alive(config.control_loss_s)
         mode = AttachMode(self.options.mode)
         attachments = await self._gateway.attach(engine.plane.program_fd, mode, self.options.replace)
         for name, attachment in attachments.items():
@@ -240,7 +246,7 @@ class Daemon:
         moved = new.plane.pins != old.plane.pins
         try:
             self._gateway.prepare(config)
-            await self._attach(new)
+            await self._attach(new, config)
         except XdplbError:
             if moved:
                 new.plane.unpin()
@@ -259,7 +265,7 @@ class Daemon:
 
     def _on_change(self, key: BackendKey) -> None:
         """A backend that cannot serve loses its flag now; slots follow when this turn of the event loop is over."""
-        engine: Engine | None = getattr(self, "engine", None)
+        engine = self._engine
         if engine is None:
             return
         if not keeps_flows(self.statuses.get(key)):
@@ -286,6 +292,18 @@ class Daemon:
                 if self.serving:
                     self.engine.settle()
                     await asyncio.to_thread(self.engine.sweep)
+
+    async def _beat(self) -> None:
+        """From the event loop, so that one which is stuck counts as lost."""
+        while True:
+            if (engine := self._engine) is not None:
+                engine.show_alive(self.config.control_loss_s)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    @property
+    def _engine(self) -> Engine | None:
+        """None while there is none yet."""
+        return getattr(self, "engine", None)
 
     @property
     def health(self) -> Mapping[BackendKey, Health]:

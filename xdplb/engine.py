@@ -200,6 +200,11 @@ class Engine:
         tables = ((service.first, len(service.table)) for service in self.applied.services.values())
         return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
 
+    def show_alive(self, loss_s: float | None) -> None:
+        """To be called again within `loss_s`, or the packet path passes all packets on; None: it does not care."""
+        if loss_s is not None:
+            self.plane.trust_until(self._clock.tick + self._clock.ticks(loss_s))
+
     def sweep(self) -> None:
         """Lets remembered flows age: who fell silent does not count as active any more, and is forgotten where nothing
         depends on it. Takes 20 ms and more; may be called from another thread.
