@@ -58,6 +58,7 @@ class Commands:
                     "weight": backend.weight if status.weight is None else status.weight,
                     "effective_weight": desired.shown_weight(wanted),
                     "active_flows": self._daemon.engine.active(key),
+                    "open_flows": self._daemon.engine.open(key),
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
@@ -109,7 +110,13 @@ class Commands:
             raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
         daemon.steering.set(key, backend, status.admin, status.weight)
         daemon.steer(key, status.admin, status.weight)
-        return {"service": key.service, "backend": key.backend, "admin": status.admin.value, "weight": status.weight}
+        return {
+            "service": key.service,
+            "backend": key.backend,
+            "admin": status.admin.value,
+            "weight": status.weight,
+            "window_s": daemon.engine.window_s(key.service),
+        }
 
     def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:
         known = {s.name: {b.name: b for b in s.backends} for s in self._daemon.config.services}

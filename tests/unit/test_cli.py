@@ -148,7 +148,8 @@ def test_help_offers_what_there_is_and_nothing_else(run: Run) -> None:
      "up eth0 --backend 10.0.0.1", "up eth0 -c FILE --listen 192.0.2.1:80 --backend 10.0.0.1", "up -c FILE",
      "backend drain web", "backend drain /a", "backend drain web/", "backend weight web/a", "backend weight web/a -1",
      "backend weight web/a heavy", "backend weight web/a 65536", "top -n 0", "decap", "decap eth0 --port 0",
-     "status --interface a/b", "backend drain web/a --wait", "doctor eth0"],
+     "status --interface a/b", "backend ready web/a --wait", "backend drain web/a --timeout 9s",
+     "backend maint web/a --wait --timeout 9", "doctor eth0"],
 )  # fmt: skip
 def test_a_command_line_without_sense_exits_with_2(run: Run, file: Path, line: str) -> None:
     said = run(*line.replace("FILE", str(file)).split())
