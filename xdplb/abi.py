@@ -21,6 +21,10 @@ SLOT_BACKEND = 0x00FFFFFF
 SLOT_IN_TRANSITION = 1 << 31
 """A slot's word: the id of its backend, and whether flows of another one may live on in it."""
 MIN_SLOTS = 128
+STATE_LAYOUT = 2
+"""Of slots, transitions, remembered flows and what counts them. Another version of xdplb takes them over where its
+number is the same; to be raised whenever the meaning of a word changes.
+"""
 FLOW_WRAPPING = 3072
 """An idle time in ticks at which a flow must be forgotten, before its tick (12 bits) comes round and it looks alive."""
 MAX_BACKEND_IDS = 1 << 17

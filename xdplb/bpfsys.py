@@ -173,6 +173,11 @@ def map_shape(descriptor: int) -> MapShape:
     return MapShape(int(info.key_size), int(info.value_size), int(info.max_entries))
 
 
+def is_map(descriptor: int) -> bool:
+    """Rather than a program or a link, which can be pinned as well."""
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith("bpf-map")
+
+
 def map_memory(descriptor: int) -> mmap.mmap:
     """The elements of an array made with BPF_F_MMAPABLE, as memory shared with the kernel; their stride is a multiple
     of 8.

@@ -56,6 +56,11 @@ class HashKey:
     seed: int
     factor: int
 
+    @property
+    def name(self) -> str:
+        """Tells keys apart, and nothing about them."""
+        return hashlib.sha256(f"xdplb hash key\0{self.seed} {self.factor}".encode()).hexdigest()[:12]
+
     @classmethod
     def derive(cls, secret: str) -> HashKey:
         digest = hashlib.sha256(b"xdplb flow hash\0" + secret.encode()).digest()
@@ -68,6 +73,11 @@ def abi_hash(geometry: abi.Geometry, key: HashKey) -> str:
     parts.append(Path(abi.__file__).read_text(encoding="utf-8"))
     parts += [repr(geometry), repr(key)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def map_names() -> tuple[str, ...]:
+    """Of all maps that are pinned."""
+    return tuple(re.findall(r'PIN\("(\w+)"\)', (source_directory() / "maps.h").read_text(encoding="utf-8")))
 
 
 def compiler_flags(definitions: Mapping[str, int], key: HashKey, pin_directory: Path) -> list[str]:

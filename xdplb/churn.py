@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from xdplb import bpfsys, bundle, config, dataplane, paths, specialise
+from xdplb import bpfsys, bundle, config, dataplane, flows, paths, specialise
 from xdplb.abi import FlowTimes, defines
 from xdplb.bundle import HashKey
 from xdplb.clock import clock
@@ -246,7 +246,7 @@ def _open(window: int, capacity: int) -> Iterator[tuple[Dataplane, Engine, list[
     seconds = window / clock(0).frequency
     configuration = replace(configuration, flow_cache=replace(configuration.flow_cache, window_s=seconds))
     features = specialise.features(configuration, False, FlowTimes(tick_shift=0, budget=1 << 30))
-    geometry = replace(specialise.geometry(configuration), flow_sets=capacity // specialise.FLOWS_PER_SET)
+    geometry = replace(specialise.geometry(configuration), flow_sets=capacity // flows.WAYS)
     pins = paths.pin_directory() / f"churn-{os.getpid()}" / "maps"
     try:
         plane = dataplane.open_dataplane(features, geometry, _KEY, pins)

@@ -253,7 +253,8 @@ class Daemon:
             new.plane.close()
             raise
         self.engine = new
-        self.engine.apply_all()  # what changed meanwhile
+        new.catch_up(old)
+        new.apply_all()  # what changed meanwhile
         self._save()
         if moved:
             old.plane.unpin()

@@ -136,11 +136,25 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: bundle.H
     ensure_bpffs(pins)
     definitions = abi.defines(features, geometry)
     flags = bundle.compiler_flags(definitions, key, pins)
+    _refuse_foreign_pins(pins)
     bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, *_STAGES.values()])
     plane = Dataplane(bpf, programs, geometry, features, pins)
     for stage, name in _STAGES.items():
         bpfsys.update(plane.fd("stages"), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
     return plane
+
+
+def _refuse_foreign_pins(pins: Path) -> None:
+    """bcc would take whatever is pinned under a map's name."""
+    for path in pins.iterdir():
+        descriptor = -1
+        with suppress(OSError):
+            descriptor = bpfsys.get(path)
+        ours = descriptor >= 0 and bpfsys.is_map(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
+        if not ours:
+            raise NotCapable(f"{path} is not a map of xdplb", f"remove it: rm {path}")
 
 
 def load_programs(source: str, flags: list[str], functions: list[str]) -> tuple[Any, dict[str, int]]:

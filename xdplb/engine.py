@@ -97,7 +97,7 @@ class Engine:
         self.applied = applied
         self.statuses = statuses
         self.retired = retired
-        self._key = key
+        self.key = key
         self._clock = clock or the_clock()
         self._writer = MapWriter(plane, key, self._clock)
         self.adopt_config(config)
@@ -226,13 +226,22 @@ class Engine:
         plane.direct_seen[: len(old.direct_seen)] = old.direct_seen
         plane.transitions[: len(old.transitions)] = old.transitions
         plane.slots[: len(old.slots)] = old.slots
+        if plane.geometry.flow_sets != old.geometry.flow_sets:
+            plane.flow_words[:] = flows.resized(old.flow_words, len(plane.flow_words), self._clock.tick)
         for id_, _ in self.applied.backends.values():
             plane.set_counters("backend_counters", id_, old.read_counter("backend_counters", id_))
         applied = self.applied.copy()
         applied.geometry, applied.published = plane.geometry, Publish((), ())
-        engine = Engine(plane, self._key, self.config, self.statuses, applied, self.retired, self._clock)
+        engine = Engine(plane, self.key, self.config, self.statuses, applied, self.retired, self._clock)
         engine.apply_all()
         return engine
+
+    def catch_up(self, old: Engine) -> None:
+        """Takes over what the packet path remembered in the maps of `old` since `moved_to`."""
+        if self.plane.geometry.flow_sets != old.plane.geometry.flow_sets:
+            words = flows.resized(old.plane.flow_words, len(self.plane.flow_words), self._clock.tick)
+            free = self.plane.flow_words == 0
+            self.plane.flow_words[free] = words[free]
 
     def _look(self) -> tuple[int, flows.Flows, flows.Mask, NDArray[np.uint32]]:
         """The time, all remembered flows, which of them live, and the ids of their services (0: of none any more)."""

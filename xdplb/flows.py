@@ -21,6 +21,8 @@ TRANSITION = np.dtype([("previous", "<u4"), ("deadline", "<u4")])
 """`struct transition`; the deadline in ticks."""
 
 TICK_MASK = 0xFFF
+WAYS = 8
+"""Flows in a set of the cache."""
 COUNTED = np.uint64(1 << 31)
 _BACKEND_SHIFT, _BACKEND_MASK = np.uint64(14), np.uint64(0x1FFFF)
 
@@ -56,6 +58,24 @@ class Flows:
 def backends(words: Words) -> NDArray[np.uint32]:
     found: NDArray[np.uint32] = (words >> _BACKEND_SHIFT & _BACKEND_MASK).astype(np.uint32)
     return found
+
+
+def resized(words: Words, size: int, tick: int) -> Words:
+    """A flow cache's words, for one of `size` words; both sizes are powers of two.
+
+    In a larger one each flow stands wherever it may belong, because words do not say; in a smaller one the eight that
+    were seen last share a set. Nobody is counted until its next packet.
+    """
+    sets = words.reshape(-1, WAYS) & ~COUNTED
+    times, parts = max(1, size // len(words)), max(1, len(words) // size)
+    if parts == 1:
+        larger: Words = np.tile(sets, (times, 1)).reshape(-1)
+        return larger
+    merged = sets.reshape(parts, -1, WAYS).transpose(1, 0, 2).reshape(-1, parts * WAYS)
+    idle = np.where(merged == 0, TICK_MASK + 1, Flows.decode(merged, tick).idle)
+    latest = np.argsort(idle, axis=1, kind="stable")[:, :WAYS]
+    smaller: Words = np.take_along_axis(merged, latest, axis=1).reshape(-1)
+    return smaller
 
 
 def orphaned(word: np.uint64) -> np.uint64:

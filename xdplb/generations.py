@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from xdplb import bpfsys, bundle, specialise
-from xdplb.abi import SLOT_BACKEND, Features, Geometry
+from xdplb.abi import SLOT_BACKEND, STATE_LAYOUT, Features, Geometry
 from xdplb.bundle import HashKey
 from xdplb.clock import clock
-from xdplb.counters import read_pinned
 from xdplb.dataplane import COUNTER_MAPS, Dataplane, ensure_bpffs, open_dataplane, remove_pins
-from xdplb.engine import FLOW_MAPS, SHARED_MAPS, Counters, Engine, Retired, Statuses
+from xdplb.engine import FLOW_MAPS, SHARED_MAPS, Engine, Retired, Statuses
 from xdplb.errors import XdplbError
+from xdplb.inheritance import Inheritance, carry_counters
 from xdplb.manifest import Manifest, ServiceRecord
 from xdplb.model import BackendKey, Config
 from xdplb.paths import Instance, make_directory, state_directory
@@ -78,16 +77,31 @@ class Generations:
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
             return Engine(plane, self._key, config, statuses, _applied(plane, notes), _retired(notes))
-        if notes is not None:
-            log.info("the maps that are there are of another version or hash key: building new ones beside them")
         self._left_behind = notes
-        plane = await self._open_new(self.features(config), specialise.geometry(config))
-        return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
+        geometry = specialise.geometry(config)
+        left = Inheritance.of(notes, self._key) if notes is not None else None
+        if left is None or notes is None:
+            plane = await self._open_new(self.features(config), geometry)
+            return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
+        geometry = left.room_in(geometry)
+        pins = self.pins(geometry)
+        remove_pins(pins)
+        ensure_bpffs(pins)
+        left.share(pins, geometry)
+        plane = await self._open(self.features(config), geometry)
+        left.copy(plane)
+        log.info("took over %d services and their flows from other maps", len(notes.services))
+        return Engine(plane, self._key, config, statuses, _applied(plane, notes), Retired())
 
     def _adoptable(self, notes: Manifest) -> Geometry | None:
         """The geometry of the pinned maps, where this version would make the same."""
-        geometry = notes.map_geometry
-        if geometry is None or self.pins(geometry) != Path(notes.pins) or not Path(notes.pins).is_dir():
+        geometry, pins = notes.map_geometry, Path(notes.pins)
+        if geometry is None or self.pins(geometry) != pins:
+            log.info("the maps that are there are of another version, size or hash key: building new ones beside them")
+            return None
+        missing = [name for name in bundle.map_names() if not (pins / name).exists()]
+        if missing:
+            log.warning("%s is incomplete, %s missing: building new maps", pins, ", ".join(missing))
             return None
         return geometry
 
@@ -162,41 +176,11 @@ class Generations:
             raise
 
 
-def carry_counters(notes: Manifest, engine: Engine) -> None:
-    """Brings over what an earlier generation's maps counted, by names, where `engine` did not adopt those."""
-    if notes.pins == str(engine.plane.pins):
-        return
-    try:
-        counted = {name: read_pinned(Path(notes.pins) / name) for name in notes.counters}
-    except (XdplbError, OSError) as error:
-        log.warning("the counters start from zero: %s", error)
-        return
-    plane, applied = engine.plane, engine.applied
-
-    def renamed(map_name: str, values: Sequence[int] | Counters) -> Counters:
-        by_name = dict(zip(notes.counters[map_name], map(int, values), strict=False))
-        return np.array([by_name.get(name, 0) for name in plane.counter_fields(map_name)], np.uint64)
-
-    for map_name in ("drop_counters", "verdict_counters"):
-        plane.set_counters(map_name, 0, renamed(map_name, counted[map_name][0]))
-    for name, record in notes.services.items():
-        if name not in applied.services:
-            continue
-        drops = renamed("drop_counters", counted["drop_counters"][record.id])
-        plane.set_counters("drop_counters", applied.services[name].id, drops)
-        engine.retired.add(name, renamed("backend_counters", record.retired))
-        for backend, id_ in record.backends.items():
-            values = renamed("backend_counters", counted["backend_counters"][id_])
-            if (key := BackendKey(name, backend)) in applied.backends:
-                plane.set_counters("backend_counters", applied.backends[key][0], values)
-            else:
-                engine.retired.add(name, values)
-
-
 def note(notes: Manifest, engine: Engine) -> None:
     """Brings the manifest up to what the engine applied."""
     plane, applied = engine.plane, engine.applied
     notes.pins = str(plane.pins)
+    notes.layout, notes.key = STATE_LAYOUT, engine.key.name
     notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}
     notes.counters = {name: list(plane.counter_fields(name)) for name in COUNTER_MAPS}
     backends: dict[str, dict[str, int]] = {name: {} for name in applied.services}

@@ -32,7 +32,8 @@ class ServiceRecord:
 @dataclass(slots=True)
 class Manifest:
     """`addresses`, `sysctls` and `aggregation` are what we added and changed, `programs` the ids of what we attached.
-    `health` holds (state, reason, since) by SERVICE/BACKEND.
+    `health` holds (state, reason, since) by SERVICE/BACKEND. `layout` is the maps' abi.STATE_LAYOUT, `key` names the
+    hash key without telling it.
     """
 
     interfaces: list[str]
@@ -45,6 +46,8 @@ class Manifest:
     sysctls: dict[str, str] = field(default_factory=dict)
     aggregation: dict[str, list[str]] = field(default_factory=dict)
     programs: list[int] = field(default_factory=list)
+    layout: int = 0
+    key: str = ""
     version: int = VERSION
 
     def save(self, path: Path) -> None:

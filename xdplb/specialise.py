@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from xdplb import abi, maglev, turns
+from xdplb import abi, flows, maglev, turns
 from xdplb.abi import Features, FlowTimes, Geometry
 from xdplb.endpoints import address_buckets_for, intervals_for
 from xdplb.model import Config, Forward, Service
 
 NO_TIMES = FlowTimes()
-FLOWS_PER_SET = 8
 _MIN_BACKENDS = 1024
 _MIN_SLOTS = 1 << 17
 _MAX_SLOTS = 1 << 25
@@ -65,7 +64,7 @@ def geometry(config: Config) -> Geometry:
         slots=min(max(_power_of_two(2 * slots), _MIN_SLOTS), _MAX_SLOTS),
         address_buckets=address_buckets_for(2 * len(addresses)),
         intervals=intervals_for(2 * (len(config.services) + backends)),
-        flow_sets=_power_of_two(config.flow_cache.capacity // FLOWS_PER_SET),
+        flow_sets=_power_of_two(config.flow_cache.capacity // flows.WAYS),
     )
 
 

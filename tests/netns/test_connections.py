@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from stage import NO_CHECK, VIP, KeptConnection, at, backends_of, balancing, fetch, kept_connection, service
+from crowd import Crowd
+from stage import NO_CHECK, VIP, at, backends_of, balancing, fetch, service
 
 from xdplb.errors import XdplbError
 from xdplb.lab import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
 CONNECTIONS = 240
-"""Of which every fourth is silent from beginning to end."""
 ON_EACH = 3
 """A backend must have at least so many of them: 5 backends, 48 on average."""
 
@@ -33,24 +33,6 @@ def version(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-class Crowd:
-    """Open connections, each of which has to stay with the backend that it has."""
-
-    def __init__(self, lab: Laboratory, version: int, stack: ExitStack) -> None:
-        address = VIP[version]
-        opened = [stack.enter_context(kept_connection(lab.client, address)) for _ in range(CONNECTIONS)]
-        self.owners: dict[KeptConnection, str] = {connection: connection.ask() for connection in opened}
-        self._active = [connection for number, connection in enumerate(opened) if number % 4]
-
-    def on(self, backend: str) -> int:
-        return list(self.owners.values()).count(backend)
-
-    def unchanged(self, silent_too: bool = False) -> None:
-        """Each answers, and from the backend that it began with."""
-        asked = self.owners if silent_too else self._active
-        assert {c: c.ask() for c in asked} == {c: self.owners[c] for c in asked}
-
-
 def web(lab: Laboratory, version: int, count: int = 5, **weights: int) -> dict[str, Any]:
     backends: list[dict[str, Any]] = [
         {**backend, "weight": weights.get(backend["name"], 10)} for backend in backends_of(lab, version)[:count]
@@ -60,7 +42,7 @@ def web(lab: Laboratory, version: int, count: int = 5, **weights: int) -> dict[s
 
 def test_no_change_of_the_pool_and_no_death_of_the_daemon_breaks_a_connection(lab: Laboratory, version: int) -> None:
     with balancing(lab, web(lab, version)) as balancer, ExitStack() as stack:
-        crowd = Crowd(lab, version, stack)
+        crowd = Crowd(lab.client, VIP[version], CONNECTIONS, stack)
         assert all(crowd.on(host.name) >= ON_EACH for host in lab.backends[:5])
 
         balancer.cli("backend", "drain", "web/backend1")
@@ -87,7 +69,7 @@ def test_no_change_of_the_pool_and_no_death_of_the_daemon_breaks_a_connection(la
 
 def test_only_the_connections_of_a_backend_that_is_taken_out_end(lab: Laboratory, version: int) -> None:
     with balancing(lab, web(lab, version)) as balancer, ExitStack() as stack:
-        crowd = Crowd(lab, version, stack)
+        crowd = Crowd(lab.client, VIP[version], CONNECTIONS, stack)
         balancer.cli("backend", "maint", "web/backend1")
         lost = [connection for connection, owner in crowd.owners.items() if owner == "backend1"]
         for connection in lost:
@@ -119,7 +101,7 @@ def test_drain_waits_for_the_last_connection_to_end(lab: Laboratory, scheduler: 
 
 def test_maps_that_grow_take_all_connections_along(lab: Laboratory) -> None:
     with balancing(lab, web(lab, 4)) as balancer, ExitStack() as stack:
-        crowd = Crowd(lab, 4, stack)
+        crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
         balancer.cli("backend", "drain", "web/backend1")
         crowd.unchanged()
         before = set(balancer.pins.iterdir())
@@ -136,7 +118,7 @@ def _crowded() -> dict[str, Any]:
 
 def test_a_mistake_in_the_file_breaks_nothing(lab: Laboratory) -> None:
     with balancing(lab, web(lab, 4)) as balancer, ExitStack() as stack:
-        crowd = Crowd(lab, 4, stack)
+        crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
         with pytest.raises(XdplbError):
             balancer.reload({**web(lab, 4), "schedular": "maglev"})
         crowd.unchanged(silent_too=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xdplb import flows
 from xdplb.abi import BACKEND_GONE, FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState, FlowTimes
-from xdplb.flows import TICK_MASK, TRANSITION, Flows, orphaned, settle, turn
+from xdplb.flows import TICK_MASK, TRANSITION, WAYS, Flows, orphaned, resized, settle, turn
 
 TIMES = FlowTimes(opening=60, established=900, closing=120, datagram=300)
 LIMITS = {
@@ -195,3 +195,26 @@ def test_a_slot_settles_once_its_time_is_over_and_nobody_remembers_a_flow_of_ano
     assert settled.tolist() == [
         moving and deadline <= 100 and number not in held for number, (_, moving, deadline) in enumerate(slots)
     ]
+
+
+@given(st.lists(st.tuples(st.integers(0, (1 << 64) - 1)), max_size=6), st.sampled_from([2, 4, 8]))
+def test_a_larger_cache_has_each_flow_wherever_it_may_belong(keys: list[tuple[int]], times: int) -> None:
+    """The set is chosen by the lowest bits of the key's upper half, of which a word does not have more."""
+    before = np.zeros(4 * WAYS, np.uint64)
+    for way, (key,) in enumerate(keys):
+        before[(key >> 32) % 4 * WAYS + way] = word(key % (1 << 32), 5, 1, FlowState.ESTABLISHED)
+    after = resized(before, times * len(before), 1).reshape(-1, WAYS)
+    for key, *_ in keys:
+        assert word(key % (1 << 32), 5, 1, FlowState.ESTABLISHED, counted=False) in after[(key >> 32) % (4 * times)]
+    assert np.count_nonzero(after) == times * np.count_nonzero(before)
+
+
+def test_a_smaller_cache_has_those_that_were_seen_last() -> None:
+    now = 100
+    before = np.zeros((4, WAYS), np.uint64)
+    for place in range(4 * WAYS):
+        before[place % 4, place // 4] = word(place, 5, now - place, FlowState.ESTABLISHED)
+    after = resized(before.reshape(-1), 2 * WAYS, now)
+    kept = sorted(Flows.decode(after, now).fingerprint.tolist())
+    assert kept == list(range(2 * WAYS))
+    assert all(number % 2 == place // WAYS for place, number in enumerate(Flows.decode(after, now).fingerprint))

@@ -1,0 +1,127 @@
+"""Another version of xdplb, or another size of its memory, takes over: connections and what is counted of them stay."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crowd import Crowd
+from stage import NO_CHECK, VIP, Balancer, at, backends_of, service
+
+from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.model import Forward
+
+CONNECTIONS = 80
+SCHEDULERS = ("maglev", "rr", "lc")
+
+
+@pytest.fixture(scope="module")
+def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
+    with Laboratory(Shape.ONE_ARMED) as lab:
+        lab.prepare(Forward.NAT)
+        for host in lab.backends:
+            WebServer(host).start()
+        yield lab
+
+
+@pytest.fixture
+def balancer(lab: Laboratory) -> Iterator[Balancer]:
+    balancer = Balancer(lab)
+    yield balancer
+    lab.gateway.xdplb("down", "eth0")
+
+
+@pytest.fixture
+def another_version(tmp_path: Path) -> str:
+    """The same program, but its maps are not known to be the same: their definition reads differently."""
+    root = Path(__file__).parents[2]
+    for name in ("xdplb", "bpf"):
+        shutil.copytree(root / name, tmp_path / name)
+    with (tmp_path / "bpf" / "abi.h").open("a") as header:
+        header.write("\n/* another version */\n")
+    return str(tmp_path)
+
+
+def web(lab: Laboratory, scheduler: str) -> dict[str, Any]:
+    return service("web", at(VIP[4], 80), backends_of(lab), check=NO_CHECK, scheduler=scheduler)
+
+
+def active(balancer: Balancer) -> dict[str, int | None]:
+    return {b["name"]: b["active_flows"] for b in balancer.ask("status")["services"][0]["backends"]}
+
+
+def settle_in(lab: Laboratory, balancer: Balancer, stack: ExitStack, scheduler: str) -> Crowd:
+    """Connections of which some are where no slot says that they are."""
+    crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
+    balancer.cli("backend", "drain", "web/backend1")
+    crowd.unchanged()
+    if scheduler != "maglev":
+        assert active(balancer) == {host.name: crowd.on(host.name) for host in lab.backends}
+    return crowd
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_another_version_takes_flows_over(
+    lab: Laboratory, balancer: Balancer, another_version: str, scheduler: str
+) -> None:
+    balancer.up(web(lab, scheduler), env={"PYTHONPATH": another_version, "PYTHONSAFEPATH": "1"})
+    with ExitStack() as stack:
+        crowd = settle_in(lab, balancer, stack, scheduler)
+        before, counted = active(balancer), balancer.service_stats("web")["packets"]
+        pins = {path for path in balancer.pins.iterdir() if path.is_dir()}
+        balancer.kill()
+        balancer.up()
+        assert "and their flows from other maps" in balancer.process.log()
+        assert not pins & set(balancer.pins.iterdir()), "the other version's maps are gone"
+        crowd.unchanged(silent_too=True)
+        assert active(balancer) == before
+        assert balancer.service_stats("web")["packets"] > counted
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("first", "then"), [(4096, 65536), (65536, 4096)])
+def test_a_memory_of_another_size_keeps_flows(
+    lab: Laboratory, balancer: Balancer, scheduler: str, first: int, then: int
+) -> None:
+    balancer.write(web(lab, scheduler), flow_cache={"capacity": first})
+    balancer.up()
+    with ExitStack() as stack:
+        crowd = settle_in(lab, balancer, stack, scheduler)
+        before = active(balancer)
+        balancer.write(web(lab, scheduler), flow_cache={"capacity": then})
+        balancer.ask("reload")
+        crowd.unchanged(silent_too=True)
+        assert active(balancer) == before, "each was counted again at its first packet"
+
+
+def test_maps_that_are_not_whole_are_built_anew_with_what_is_left_of_them(lab: Laboratory, balancer: Balancer) -> None:
+    balancer.up(web(lab, "maglev"))
+    with ExitStack() as stack:
+        crowd = settle_in(lab, balancer, stack, "maglev")
+        balancer.kill()
+        (pins,) = (path for path in balancer.pins.iterdir() if path.is_dir())
+        (pins / "services").unlink()
+        balancer.up()
+        assert f"{pins} is incomplete, services missing" in balancer.process.log()
+        crowd.unchanged(silent_too=True)
+
+
+def test_something_else_under_a_maps_name_is_refused_and_packets_flow_on(lab: Laboratory, balancer: Balancer) -> None:
+    balancer.up(web(lab, "maglev"))
+    with ExitStack() as stack:
+        crowd = settle_in(lab, balancer, stack, "maglev")
+        balancer.kill()
+        (pins,) = (path for path in balancer.pins.iterdir() if path.is_dir())
+        (pins / "slots").rename(kept := balancer.pins / "kept")
+        (pins / "slots").symlink_to(balancer.pins / "program")
+        code, said = balancer.refuses_to_start()
+        assert (code, f"{pins / 'slots'} is not a map of xdplb" in said) == (6, True), said
+        crowd.unchanged(silent_too=True)
+        (pins / "slots").unlink()
+        kept.rename(pins / "slots")
+        balancer.up()
+        crowd.unchanged(silent_too=True)
