@@ -39,7 +39,7 @@ struct address_bucket {
 
 struct directory {
 	__u32 half;
-	__u32 pad;
+	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
 };
 
 /* (protocol << 16 | port) from `first` to `last`, both included, belongs to `target`: a service's or a backend's id. */

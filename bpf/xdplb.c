@@ -25,6 +25,7 @@
 #include "forward.h"
 #include "nat.h"
 #include "fragment.h"
+#include "watchdog.h"
 #include "icmp.h"
 #include "answer.h"
 #include "explain.h"
@@ -126,6 +127,8 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	enum parsed parsed;
 	__u32 service;
 
+	if (HAVE_WATCHDOG && !full && control_is_lost())
+		return pass();
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
 		return pass(); /* not IP */

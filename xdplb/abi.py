@@ -140,6 +140,7 @@ class Features:
     choice: bool = False
     affinity: bool = False
     client_prefix: bool = False
+    watchdog: bool = False
     times: FlowTimes = FlowTimes()
 
 
@@ -173,6 +174,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "HAVE_CHOICE": features.choice,
         "HAVE_AFFINITY": features.affinity,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
+        "HAVE_WATCHDOG": features.watchdog,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,
         "SLOTS": geometry.slots,

@@ -179,10 +179,17 @@ class Engine:
 
     def active(self, key: BackendKey) -> int | None:
         """How many flows (with affinity: clients) a backend has; None where not all are remembered."""
+        return self.open(key) if self._services[key.service].remembers_all else None
+
+    def open(self, key: BackendKey) -> int:
+        """How many of the flows that are remembered of a backend have neither ended nor fallen silent."""
         known = self.applied.backends.get(key)
-        if known is None or not self._services[key.service].remembers_all:
-            return None
-        return int(self.plane.loads["active"][known[0]])
+        return int(self.plane.loads["active"][known[0]]) if known else 0
+
+    def window_s(self, service: str) -> float:
+        """How long a flow that nobody remembers may be silent after its slot changed hands."""
+        affinity = self._services[service].affinity
+        return max(self.config.flow_cache.window_s, affinity.timeout_s if affinity else 0.0)
 
     def settle(self) -> int:
         """Takes slots out of transition that need it no longer. Returns how many are still in it."""
@@ -199,6 +206,11 @@ class Engine:
         in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
         tables = ((service.first, len(service.table)) for service in self.applied.services.values())
         return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+
+    def show_alive(self, loss_s: float | None) -> None:
+        """To be called again within `loss_s`, or the packet path passes all packets on; None: it does not care."""
+        if loss_s is not None:
+            self.plane.trust_until(self._clock.tick + self._clock.ticks(loss_s))
 
     def sweep(self) -> None:
         """Lets remembered flows age: who fell silent does not count as active any more, and is forgotten where nothing

@@ -113,6 +113,8 @@ def _why(backend: BackendStatus) -> Text:
     parts = [Text(f"{reason}: {words}", WARNING) if words else Text(reason)]
     if not backend.get("reachable", True):
         parts.append(Text("NO NEXT HOP", ALARM))
+    if (share := backend.get("slow_start")) is not None:
+        parts.append(Text(f"slow start: at {100 * share:.0f} % of its weight", WARNING))
     if backend.get("backup", False):
         parts.append(Text("backup", QUIET))
     return Text(", ").join(parts)

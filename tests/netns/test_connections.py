@@ -82,6 +82,23 @@ def test_only_the_connections_of_a_backend_that_is_taken_out_end(lab: Laboratory
         assert {c: c.ask() for c in crowd.owners} == crowd.owners
 
 
+@pytest.mark.parametrize("scheduler", ["maglev", "lc"])
+def test_drain_waits_for_the_last_connection_to_end(lab: Laboratory, scheduler: str) -> None:
+    with balancing(lab, {**web(lab, 4), "scheduler": scheduler}) as balancer:
+        with ExitStack() as stack:
+            crowd = Crowd(lab, 4, stack)
+            key, count = "web/backend1", crowd.on("backend1")
+            balancer.cli("backend", "drain", key)
+            crowd.unchanged(silent_too=True)
+            late = balancer.cli("backend", "drain", key, "--wait", "--timeout", "1500ms", check=False)
+            assert late.returncode == 1 and f"{key} still has {count} flows after 1.5 s" in late.stderr
+            assert late.stdout.splitlines()[1:] == [f"{key}: {count} flows left"]
+        done = balancer.cli("backend", "drain", key, "--wait")
+        assert done.stdout.splitlines()[-1 if scheduler == "lc" else -2] == f"{key}: no flow left"
+        assert ("silent" in done.stdout) is (scheduler == "maglev")
+        balancer.cli("backend", "ready", key)
+
+
 def test_maps_that_grow_take_all_connections_along(lab: Laboratory) -> None:
     with balancing(lab, web(lab, 4)) as balancer, ExitStack() as stack:
         crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)

@@ -112,6 +112,12 @@ def test_a_backend_without_a_next_hop_takes_no_packets_and_stands_out() -> None:
     assert lines[3].endswith("  L7OK/200, backup")
 
 
+def test_one_that_grows_into_its_weight_says_so() -> None:
+    answer = a_status(a_backend("a", effective_weight=4, slow_start=0.35))
+    (line,) = rendered(views.status(answer, NOW)).splitlines()[2:]
+    assert "  4/10  " in line and line.endswith("  L7OK/200, slow start: at 35 % of its weight")
+
+
 def test_names_are_text_and_never_markup() -> None:
     answer = a_status(a_backend("a:warning:", address="[fd00::1]:80", reason="[bold]"))
     assert rendered(views.status(answer, NOW)).splitlines()[2].split() == [
