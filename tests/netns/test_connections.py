@@ -86,7 +86,7 @@ def test_only_the_connections_of_a_backend_that_is_taken_out_end(lab: Laboratory
 def test_drain_waits_for_the_last_connection_to_end(lab: Laboratory, scheduler: str) -> None:
     with balancing(lab, {**web(lab, 4), "scheduler": scheduler}) as balancer:
         with ExitStack() as stack:
-            crowd = Crowd(lab, 4, stack)
+            crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
             key, count = "web/backend1", crowd.on("backend1")
             balancer.cli("backend", "drain", key)
             crowd.unchanged(silent_too=True)
