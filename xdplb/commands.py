@@ -166,7 +166,7 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
 
 def changes(old: Config, new: Config) -> Iterator[JSON]:
     """What differs, service by service and backend by backend."""
-    for name in ("tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
+    for name in ("source_pool", "tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
         if getattr(old, name) != getattr(new, name):
             yield {"kind": "change", "what": name, "detail": f"{getattr(old, name)} -> {getattr(new, name)}"}
     for name in ("interfaces", "hash_key"):

@@ -65,6 +65,8 @@ class Dataplane:
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flows.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")
+        self.leases: NDArray[np.uint64] = np.frombuffer(self._memory("lease_sets"), np.uint64)
+        self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
         self._explanations = self._structs("explanations")
 
@@ -88,7 +90,7 @@ class Dataplane:
 
     def sweep(self) -> None:
         """Has the program that ages the flow cache go through it once."""
-        bpfsys.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets)
+        bpfsys.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.lease_sets)
 
     def fd(self, map_name: str) -> int:
         return int(self._bpf[map_name.encode()].map_fd)

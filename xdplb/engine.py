@@ -27,6 +27,8 @@ from xdplb.writer import MapWriter
 Counters = NDArray[np.uint64]
 
 FLOW_MAPS = ("flow_sets", "loads")
+LEASE_MAPS = ("lease_sets", "lessees")
+"""Of full NAT: of use to a generation with the same source addresses."""
 SHARED_MAPS = (
     "nat_flows",
     "fragments",
@@ -35,6 +37,7 @@ SHARED_MAPS = (
     "flow_counters",
     "loads",
     "turns_taken",
+    *LEASE_MAPS,
     "drop_counters",
     "verdict_counters",
 )
@@ -80,6 +83,10 @@ class Retired:
             known[index] += int(value)
 
 
+def _tunnels(config: Config) -> Tunnels:
+    return Tunnels(config.tunnel_source4, config.tunnel_source6, (*config.sources(4), *config.sources(6)))
+
+
 class Engine:
     """One generation of maps and what should be in them."""
 
@@ -109,7 +116,7 @@ class Engine:
         self.statuses.follow(config)
         self._services: dict[str, Service] = {service.name: service for service in config.services}
         self._shared = shared_backends(config)
-        self._planner = Planner(self.applied, Tunnels(config.tunnel_source4, config.tunnel_source6))
+        self._planner = Planner(self.applied, _tunnels(config))
 
     def desired(self, service: Service) -> DesiredService:
         return desire(service, self.statuses.by_service[service.name], self._shared)
