@@ -128,12 +128,18 @@ static __always_inline __u32 take_lease(const struct applicant *a, __u32 index, 
 	return place;
 }
 
-/* How full a set is, by its most dispensable place. */
-static __always_inline __u64 room_in(__u32 index, __u32 tick)
+/* How many places of a set are free, or as good as. */
+static __always_inline __u32 room_in(__u32 index, __u32 tick)
 {
 	struct flow_set *set = find_lease_set(index);
+	__u32 room = 0;
 
-	return set ? find_victim(set, tick) >> 3 : 0;
+	if (!set)
+		return 0;
+#pragma unroll
+	for (int i = 0; i < WAYS; i++)
+		room += 1 - is_zero(score(set->flow[i], tick) / SCORE_OPENING);
+	return room;
 }
 
 static __always_inline __u64 *lease(__u32 place)
