@@ -192,6 +192,24 @@ struct errand {
 	__u32 pad;
 };
 
+/* What xdplb_explain found out about a packet. Ids are 0 where there is none. */
+struct explanation {
+	__u64 remembered; /* the flow's word in the cache; 0: not there */
+	struct transition transition;
+	__u32 subject; /* enum subject: what the fields below are about */
+	__u32 service;
+	__u32 service_flags;
+	__u32 slots;     /* how many the service has */
+	__u32 slot;      /* number of the flow's, from 0 on */
+	__u32 slot_word; /* what stands there */
+	__u32 tick;      /* now */
+	__u32 backend;   /* where the packet goes, or comes from */
+	__u32 former;    /* who would have it if nobody remembered it */
+	__u32 scheduled; /* who would if it were the first of its flow */
+	__u32 ifindex;   /* by which it leaves */
+	__u32 largest;   /* the largest IP packet that goes the same way */
+};
+
 _Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");
 _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");

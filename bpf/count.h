@@ -39,10 +39,16 @@ static __always_inline int drop(__u32 service, __u32 reason)
 	return verdict(XDP_DROP);
 }
 
-/* Out by the interface `ifindex`. A veth loses what XDP_TX sends unless its peer runs XDP as well; redirecting works. */
+/* How to leave by the interface `ifindex`. A veth loses what XDP_TX sends unless its peer runs XDP as well; redirecting works.
+ */
+static __always_inline enum xdp_action way_out(struct xdp_md *ctx, __u32 ifindex)
+{
+	return ifindex == ingress(ctx) && !TX_BY_REDIRECT ? XDP_TX : XDP_REDIRECT;
+}
+
 static __always_inline int send(struct xdp_md *ctx, __u32 ifindex)
 {
-	if (ifindex == ingress(ctx) && !TX_BY_REDIRECT)
+	if (way_out(ctx, ifindex) == XDP_TX)
 		return verdict(XDP_TX);
 	verdict(XDP_REDIRECT);
 	return bpf_redirect(ifindex, 0);

@@ -47,17 +47,18 @@ struct flow {
 	__u32 service_id;
 	__u32 tick;
 	__u32 state;
-	__u32 choice; /* the scheduler's, where it is asked for this packet: CHOICE_OPEN before it was; else 0 */
 	bool opening; /* a SYN: whatever was remembered of these ports is over */
 	bool anybody; /* may have been sent by anybody, without an answer of ours: it takes no live flow's place */
+	bool chooses; /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
 };
 
 /* Ids that no backend has. */
 #define CHOICE_OPEN 0xffffffff
 
-static __always_inline bool by_client(const struct service *service)
+/* 1 where what is remembered is a client, else 0. */
+static __always_inline __u64 by_client(const struct service *service)
 {
-	return service->flags & SERVICE_BY_CLIENT;
+	return HAVE_AFFINITY ? (service->flags & SERVICE_BY_CLIENT) / SERVICE_BY_CLIENT : 0;
 }
 
 /* A second, nearly: the timer interrupts since the start, of which 2^TICK_SHIFT are one. The kernel makes a load of this call.
@@ -69,13 +70,40 @@ static __always_inline __u32 current_tick(void)
 	return jiffies64() >> TICK_SHIFT;
 }
 
+/*
+ * Comparisons without a branch: with eight ways and a branch for each, or one for each kind of packet, the verifier would
+ * follow every combination. The barriers keep clang from seeing what is meant, and putting the branches back.
+ */
+static __always_inline __u64 is_zero(__u64 x)
+{
+	__u64 sign = ~(x | -x);
+
+	asm volatile("" : "+r"(sign));
+	return sign >> 63;
+}
+
+/* All ones where a < b, else 0; for numbers below 2^63. */
+static __always_inline __u64 mask_less(__u64 a, __u64 b)
+{
+	__s64 difference = a - b;
+
+	asm volatile("" : "+r"(difference));
+	return difference >> 63;
+}
+
+/* The states of TCP flows by the flags FIN, SYN and RST, which are the lowest three: two bits for each combination. */
+#define STATE_OF(flags, state) ((__u64)(state) << 2 * (flags))
+#define STATES                                                                                                                 \
+	(STATE_OF(0, FLOW_ESTABLISHED) | STATE_OF(TCP_SYN, FLOW_OPENING) | STATE_OF(TCP_FIN, FLOW_CLOSING) |                   \
+	 STATE_OF(TCP_RST, FLOW_CLOSING) | STATE_OF(TCP_FIN | TCP_SYN, FLOW_CLOSING) |                                         \
+	 STATE_OF(TCP_FIN | TCP_RST, FLOW_CLOSING) | STATE_OF(TCP_SYN | TCP_RST, FLOW_CLOSING) |                               \
+	 STATE_OF(TCP_FIN | TCP_SYN | TCP_RST, FLOW_CLOSING))
+
 static __always_inline __u32 flow_state(const struct packet *p)
 {
 	if (p->protocol != IPPROTO_TCP)
 		return FLOW_DATAGRAM;
-	if (p->tcp_flags & (TCP_FIN | TCP_RST))
-		return FLOW_CLOSING;
-	return p->tcp_flags & TCP_SYN ? FLOW_OPENING : FLOW_ESTABLISHED;
+	return STATES >> 2 * (p->tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST)) & 3;
 }
 
 /*
@@ -85,7 +113,8 @@ static __always_inline __u32 flow_state(const struct packet *p)
  */
 static __always_inline __u64 flow_key(const struct service *service, __u32 service_id, __u64 hash, __u32 ports)
 {
-	__u32 left_out = service_id ^ (by_client(service) ? 0 : ports & ~service->ports_mask) * 0x9E3779B1;
+	__u32 told_apart = ports & ~service->ports_mask & ((__u32)by_client(service) - 1);
+	__u32 left_out = service_id ^ told_apart * 0x9E3779B1;
 
 	return hash ^ (__u64)left_out * MAX_SLOTS_PER_SERVICE;
 }
@@ -98,10 +127,10 @@ static __always_inline struct flow flow_of(const struct packet *p, const struct 
 	flow.key = flow_key(service, service_id, hash, p->ports);
 	flow.tick = current_tick();
 	flow.state = flow_state(p);
-	flow.anybody = flow.state == FLOW_OPENING && !(p->tcp_flags & TCP_ACK);
-	flow.opening = flow.anybody && !by_client(service);
-	if (flow.state == FLOW_CLOSING && by_client(service))
-		flow.state = FLOW_ESTABLISHED;
+	flow.anybody = is_zero((p->tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) ^ TCP_SYN);
+	flow.opening = flow.anybody & is_zero(by_client(service));
+	if (HAVE_AFFINITY)
+		flow.state -= (FLOW_CLOSING - FLOW_ESTABLISHED) * (is_zero(flow.state ^ FLOW_CLOSING) & by_client(service));
 	return flow;
 }
 
@@ -140,27 +169,6 @@ static __always_inline struct flow_set *find_set(const struct flow *flow)
 	__u32 index = flow->key >> 32 & (FLOW_SETS - 1);
 
 	return flow_sets.lookup(&index);
-}
-
-/*
- * Comparisons without a branch: with eight ways and a branch for each, the verifier would follow every combination. The
- * barriers keep clang from seeing what is meant, and putting the branches back.
- */
-static __always_inline __u64 is_zero(__u64 x)
-{
-	__u64 sign = ~(x | -x);
-
-	asm volatile("" : "+r"(sign));
-	return sign >> 63;
-}
-
-/* All ones where a < b, else 0; for numbers below 2^63. */
-static __always_inline __u64 mask_less(__u64 a, __u64 b)
-{
-	__s64 difference = a - b;
-
-	asm volatile("" : "+r"(difference));
-	return difference >> 63;
 }
 
 /* The place in the set where the flow is remembered; WAYS where it is not. One of no backend, which a free word is, is none. */
@@ -282,15 +290,6 @@ static __always_inline struct backend *find_remembered(const struct flow *flow, 
 	return serves(flow, backend) ? backend : NULL;
 }
 
-/* Did the scheduler choose somebody, who has not just gone down? */
-static __always_inline bool is_chosen(const struct flow *flow)
-{
-	__u32 id = flow->choice;
-	struct backend *backend = backends.lookup(&id);
-
-	return backend && backend->service == flow->service_id && backend->flags & BACKEND_UP;
-}
-
 /* Notes that the flow lives: at most once a tick, unless its state changes. Two states' bits together are the later one. */
 static __always_inline void refresh_flow(__u64 *place, const struct flow *flow, __u64 word)
 {
@@ -303,7 +302,7 @@ static __always_inline void refresh_flow(__u64 *place, const struct flow *flow, 
 /* Does what is remembered hold for this packet? A SYN that was chosen a backend and comes again has it already. */
 static __always_inline bool holds(const struct flow *flow, __u64 word)
 {
-	return !flow->opening || (HAVE_CHOICE && flow->choice && FLOW_STATE(word) == FLOW_OPENING);
+	return !flow->opening || (HAVE_CHOICE && flow->chooses && FLOW_STATE(word) == FLOW_OPENING);
 }
 
 /* Is the packet of a connection whose backend was removed, and the service one that says so? */
@@ -340,7 +339,7 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 		}
 	}
 	*id = CHOICE_OPEN;
-	if (HAVE_CHOICE && flow->choice == CHOICE_OPEN)
+	if (HAVE_CHOICE && flow->chooses)
 		return NULL;
 	former = stateless ? NULL : find_former(flow, slot, index, &former_id);
 	*id = BACKEND_GONE;
@@ -354,14 +353,27 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 		former = backend;
 		former_id = *id;
 	}
-	if (HAVE_CHOICE && flow->choice && is_chosen(flow)) {
-		*id = flow->choice;
-		backend = backends.lookup(id);
-	}
 	if (!backend || stateless || remember_flow(set, flow, place, *id, counters))
 		return backend;
 	*id = former_id;
 	return former;
+}
+
+/* The backend that the scheduler chose. NULL where that is down by now, or the flow finds no place: its slot decides then. */
+static __always_inline struct backend *follow_choice(const struct flow *flow, __u32 choice, __u32 *id)
+{
+	struct flow_set *set = find_set(flow);
+	__u32 zero = 0;
+	struct flow_counters *counters = flow_counters.lookup(&zero);
+	struct backend *backend;
+
+	*id = choice;
+	backend = backends.lookup(id);
+	if (!set || !counters || !backend || backend->service != flow->service_id || !(backend->flags & BACKEND_UP))
+		return NULL;
+	if (flow->service->flags & SERVICE_STATELESS)
+		return backend;
+	return remember_flow(set, flow, find_flow(set, flow->key), choice, counters) ? backend : NULL;
 }
 
 /* The same without a trace, for packets about a flow: ICMP errors, and questions. */

@@ -52,18 +52,32 @@ static __always_inline bool admit(struct packet *p, const struct service *servic
 	return true;
 }
 
-/* The rest of the way: encapsulated where the mode says so, addressed to the next hop, out. */
-static __always_inline int emit(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+/* Encapsulates the packet where the mode says so, and addresses it to the next hop. False where the frame has no headroom. */
+static __always_inline bool wrap(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
 {
 	struct ethhdr *eth;
 
 	if (encapsulates(service) && !encapsulate(p, service, backend, hash))
-		return verdict(XDP_ABORTED);
+		return false;
 	eth = frame_start(p->ctx);
 	if ((void *)(eth + 1) > frame_end(p->ctx))
-		return verdict(XDP_ABORTED);
+		return false;
 	set_macs(eth, backend->macs);
-	return send(p->ctx, backend->ifindex);
+	return true;
+}
+
+/* All that the mode changes in a packet to the backend. */
+static __always_inline bool rewrite(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+{
+	if (HAVE_NAT && service->forward == FORWARD_NAT)
+		translate(p, &backend->address, backend->port, false);
+	return wrap(p, service, backend, hash);
+}
+
+/* The rest of the way of a packet that was changed in other ways. */
+static __always_inline int emit(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+{
+	return wrap(p, service, backend, hash) ? send(p->ctx, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 static __always_inline int forward(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
@@ -73,9 +87,7 @@ static __always_inline int forward(struct packet *p, const struct service *servi
 
 	if (!admit(p, service, backend, id, &action))
 		return action;
-	if (HAVE_NAT && service->forward == FORWARD_NAT)
-		translate(p, &backend->address, backend->port, false);
-	return emit(p, service, backend, hash);
+	return rewrite(p, service, backend, hash) ? send(p->ctx, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 #endif

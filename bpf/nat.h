@@ -131,16 +131,21 @@ static __always_inline enum route find_route(const struct packet *p, const struc
 	}
 }
 
-/* Addresses the frame to the next hop that `find_route` found, and sends it. */
-static __always_inline int send_route(struct xdp_md *ctx, const struct bpf_fib_lookup *fib)
+/* Addresses the frame to the next hop that `find_route` found. */
+static __always_inline bool address_route(struct xdp_md *ctx, const struct bpf_fib_lookup *fib)
 {
 	struct ethhdr *eth = frame_start(ctx);
 
 	if ((void *)(eth + 1) > frame_end(ctx))
-		return verdict(XDP_ABORTED);
+		return false;
 	__builtin_memcpy(eth->macs, fib->dmac, 6);
 	__builtin_memcpy(eth->macs + 6, fib->smac, 6);
-	return send(ctx, fib->ifindex);
+	return true;
+}
+
+static __always_inline int send_route(struct xdp_md *ctx, const struct bpf_fib_lookup *fib)
+{
+	return address_route(ctx, fib) ? send(ctx, fib->ifindex) : verdict(XDP_ABORTED);
 }
 
 /* A reply of backend `id`: it gets the service's address and port for its source, and goes where the kernel's routes lead. */

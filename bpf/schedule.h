@@ -133,20 +133,27 @@ static __always_inline bool is_to_choose(const struct flow *flow)
 	return flow->service->scheduler != SCHEDULER_HASH && (flow->anybody || flow->state == FLOW_DATAGRAM);
 }
 
-/* The choice that was made for this flow; the one made, or CHOICE_OPEN with everything noted for whoever makes it. */
+/* The choice that was made for this flow, once; 0 where none was. */
 static __always_inline __u32 take_choice(const struct flow *flow)
 {
 	__u32 zero = 0, made;
 	struct choice *choice = choices.lookup(&zero);
 
-	if (!choice)
-		return BACKEND_GONE;
+	if (!choice || choice->key != flow->key || choice->service != flow->service_id)
+		return 0;
 	made = choice->backend;
 	choice->backend = 0;
-	if (made && choice->key == flow->key && choice->service == flow->service_id)
-		return made;
-	*choice = (struct choice){ .key = flow->key, .service = flow->service_id };
-	return CHOICE_OPEN;
+	return made;
+}
+
+/* Notes down the choice that is to be made. */
+static __always_inline void open_choice(const struct flow *flow)
+{
+	__u32 zero = 0;
+	struct choice *choice = choices.lookup(&zero);
+
+	if (choice)
+		*choice = (struct choice){ .key = flow->key, .service = flow->service_id };
 }
 
 #endif

@@ -5,7 +5,8 @@
  * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
  * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
  * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does. The first calls the
- * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache.
+ * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache;
+ * `xdplb_explain` sees those that the control plane makes up.
  */
 #include "abi.h"
 #include "maps.h"
@@ -27,21 +28,33 @@
 #include "watchdog.h"
 #include "icmp.h"
 #include "answer.h"
+#include "explain.h"
 
 /* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
 static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
-							 __u32 service_id, __u64 hash, __u32 *id)
+							 __u32 service_id, __u64 hash, __u32 *id, const bool full)
 {
 	__u32 index = slot_index(service, hash), slot = read_slot(index);
 	struct backend *backend = find_backend(slot, id);
+	__u32 choice = 0;
 	struct flow flow;
 
 	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
 		return backend;
 	flow = flow_of(p, service, service_id, hash);
-	if (HAVE_CHOICE && is_to_choose(&flow))
-		flow.choice = take_choice(&flow);
-	return recall(&flow, slot, index, id);
+	flow.chooses = HAVE_CHOICE && is_to_choose(&flow);
+	if (full && flow.chooses)
+		choice = take_choice(&flow);
+	if (full && choice) {
+		backend = follow_choice(&flow, choice, id);
+		if (backend)
+			return backend;
+		flow.chooses = false;
+	}
+	backend = recall(&flow, slot, index, id);
+	if (HAVE_CHOICE && !backend && *id == CHOICE_OPEN)
+		open_choice(&flow);
+	return backend;
 }
 
 /* The end of a packet that has no backend: not yet, not any more, or not at all. */
@@ -65,7 +78,7 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 	if (!service)
 		return pass();
 	hash = hash_flow(service, &p->source, p->ports);
-	backend = find_flow_backend(p, service, service_id, hash, &id);
+	backend = find_flow_backend(p, service, service_id, hash, &id, full);
 	if (!backend)
 		return without_backend(p, service, service_id, id);
 	if (full)
@@ -232,4 +245,30 @@ int xdplb_answer(struct xdp_md *ctx)
 		return drop(errand->service, REASON(unanswerable));
 	count_reason(errand->service, REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
+}
+
+int xdplb_explain(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct address_entry *from, *to;
+	struct explanation *found;
+	__u32 zero = 0, id;
+
+	found = explanations.lookup(&zero);
+	if (!found)
+		return XDP_ABORTED;
+	*found = (struct explanation){};
+	if (parse_network(p, ctx, false) != PARSED || parse_transport(p, false) != PARSED)
+		return XDP_PASS;
+	to = find_address(&p->destination);
+	if (to && to->services.count) {
+		id = find_interval(to->services, port_key(p->protocol, destination_port(p)));
+		found->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
+		return id ? explain_balance(p, id, found) : XDP_PASS;
+	}
+	from = HAVE_NAT ? find_address(&p->source) : NULL;
+	if (!from || !from->replies.count)
+		return XDP_PASS;
+	id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p), p->protocol);
+	return id ? explain_reply(p, id, found) : XDP_PASS;
 }

@@ -95,6 +95,21 @@ class Answer(enum.IntEnum):
     TOO_BIG = 2
 
 
+class Subject(enum.IntEnum):
+    """What a packet that is to be explained turned out to be."""
+
+    NOBODYS = 0
+    OTHER_PORT = 1
+    """For an address on which services listen, at other ports."""
+    TO_SERVICE = 2
+    REPLY = 3
+    """Of a NAT backend, to a client."""
+    TO_CHOOSE = 4
+    """To a service whose scheduler chooses a backend once the packet comes."""
+    ORPHAN = 5
+    """Of a connection whose backend was removed, to a service that resets those."""
+
+
 @dataclass(frozen=True, slots=True)
 class FlowTimes:
     """After how many ticks without a packet a remembered flow counts as ended, by state (the defaults are IPVS's),
@@ -123,6 +138,7 @@ class Features:
     outer_ipv6: bool
     tx_by_redirect: bool
     choice: bool = False
+    affinity: bool = False
     client_prefix: bool = False
     watchdog: bool = False
     times: FlowTimes = FlowTimes()
@@ -156,6 +172,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "OUTER_IPV6": features.outer_ipv6,
         "TX_BY_REDIRECT": features.tx_by_redirect,
         "HAVE_CHOICE": features.choice,
+        "HAVE_AFFINITY": features.affinity,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
         "HAVE_WATCHDOG": features.watchdog,
         "SERVICES": geometry.services,
@@ -191,7 +208,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
 def enums() -> str:
     """C enums for what the program passes around under a type of its own."""
     lines = []
-    for name, prefix, members in (("stage", "STAGE", Stage), ("answer", "ANSWER", Answer)):
+    for name, members in (("stage", Stage), ("answer", Answer), ("subject", Subject)):
+        prefix = name.upper()
         body = ", ".join(f"{prefix}_{member.name} = {int(member)}" for member in members)
         lines.append(f"enum {name} {{ {body} }};")
     return "\n".join(lines)

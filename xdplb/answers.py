@@ -103,3 +103,96 @@ class Diff(TypedDict):
     services: list[ServiceMoves]
     flows_broken: int | None
     flows_on_removed: NotRequired[int]
+
+
+class SlotAnswer(TypedDict):
+    """`previous` is the backend that had the slot before; flows that nobody remembers go there while `window_left_s`
+    is not 0. Both are null where the slot is settled.
+    """
+
+    number: int
+    of: int
+    backend: str | None
+    in_transition: bool
+    previous: str | None
+    window_left_s: int | None
+
+
+class RememberedFlow(TypedDict):
+    backend: str | None
+    state: str
+    idle_s: int
+    fingerprint: str
+
+
+class FlowWay(TypedDict):
+    slot: SlotAnswer | None
+    flow_cache: Literal["hit", "miss", "not asked"] | None
+    remembered: RememberedFlow | None
+
+
+class NewConnection(TypedDict):
+    """`backend` is null where nobody can tell, or nobody serves."""
+
+    backend: str | None
+    why: str
+
+
+class OuterHeaders(TypedDict):
+    source: str
+    destination: str
+    ttl: int
+
+
+class FrameHeaders(TypedDict):
+    """`source_mac` is null where it is not known: the sender's."""
+
+    source_mac: str | None
+    destination_mac: str
+    source: str
+    destination: str
+    ttl: int
+    outer: OuterHeaders | None
+
+
+class Explanation(FlowWay):
+    """What is null does not apply: `new_connection` where a SYN would get the same, `before` and `after` where the
+    packet is not changed, `egress` where it is not sent, `verdict` where that is to be seen. `reason` is one of
+    found.Reason.
+    """
+
+    source: str
+    destination: str
+    interface: str
+    verdict: str | None
+    service: str | None
+    forward: str | None
+    scheduler: str | None
+    backend: str | None
+    address: str | None
+    reason: str
+    why: str
+    new_connection: NewConnection | None
+    before: FrameHeaders | None
+    after: FrameHeaders | None
+    egress: str | None
+    largest_packet: int | None
+
+
+class Flow(TypedDict):
+    """`slot` is the number within the service; `fingerprint` is all that the packet path keeps of the client."""
+
+    service: str
+    backend: str
+    state: str
+    idle_s: int
+    slot: int
+    fingerprint: str
+
+
+class Flows(TypedDict):
+    """`live` counts those of all services, `flows` are those that were asked for."""
+
+    capacity: int
+    live: int
+    flows: list[Flow]

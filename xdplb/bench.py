@@ -44,10 +44,11 @@ _MODES = ("ipip", "nat", "dsr")
 _CHANGED = {"changed-64k": 1 << 14, "changed-512k": 1 << 17, "changed-full": 1 << 13}
 """Services all of whose slots are in transition, by the sets of their flow cache: half full with 64k and 512k flows,
 and full with 64k, so that of a million flows nearly each has to be remembered anew."""
+_CHOSEN = ("rr", "lc", "p2c")
 _BACKENDS = 50
 _HEADERS = 80
 _FRAME = 128
-_TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, *_CHANGED, "conventional")
+_TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, *_CHANGED, *_CHOSEN, "conventional")
 _SYN, _ACK = 0x02, 0x10
 _SERVICE4, _SERVICE6, _ELSEWHERE = "203.0.113.1", "2001:db8::1", "198.51.100.1"
 
@@ -86,6 +87,8 @@ def cases() -> list[Case]:
         Case("tcp4-ipip-recalled-512k", "changed-512k", established, _HALF_A_MILLION),
         Case("tcp4-ipip-remembered-64k", "changed-full", established, many),
     ]
+    found.append(Case("rr-established-64k", "rr", established, FLOWS["64k"]))
+    found += [Case(f"{name}-syn-1m", name, syn, many) for name in _CHOSEN]
     for name, flows in {**FLOWS, "512k": _HALF_A_MILLION}.items():
         found.append(Case(f"conventional-ipip-established-{name}", "conventional", established, flows))
     return [*found, Case("conventional-ipip-syn-1m", "conventional", syn, many)]
@@ -116,17 +119,17 @@ def _packet(destination: Address, protocol: int, transport: bytes) -> bytes:
     return frame.ljust(_HEADERS, b"\x00")[:_HEADERS]
 
 
-def _configuration(mode: str) -> Config:
+def _configuration(mode: str, scheduler: str = "maglev") -> Config:
     """TCP and UDP over IPv4 and TCP over IPv6, 50 backends each, one forward mode. NAT cannot bridge families."""
     listens = {"tcp4": f"{_SERVICE4}:80/tcp", "udp4": f"{_SERVICE4}:53/udp", "tcp6": f"[{_SERVICE6}]:80/tcp"}
     if mode != "ipip":
         del listens["tcp6"]
     backends = ", ".join(f"{{address: 10.0.0.{n}}}" for n in range(1, _BACKENDS + 1))
     services = "".join(
-        f"- {{name: {name}, listen: '{listen}', forward: {mode}, check: none, backends: [{backends}]}}\n"
-        for name, listen in listens.items()
+        f"- {{name: {name}, listen: '{listen}', backends: [{backends}]}}\n" for name, listen in listens.items()
     )
-    return config.parse(f"services:\n{services}", "bench")
+    defaults = f"{{forward: {mode}, check: none, scheduler: {scheduler}}}"
+    return config.parse(f"defaults: {defaults}\nservices:\n{services}", "bench")
 
 
 def _fill(plane: Dataplane, key: HashKey, configuration: Config) -> None:
@@ -155,6 +158,8 @@ class Bench:
             plane.transitions["deadline"] = clock().tick + 100_000
             plane.slots |= np.uint32(SLOT_IN_TRANSITION)
             programs[name] = plane.program_fd
+        for name in _CHOSEN:
+            programs[name] = self._load_mode("ipip", key, pins / name, scheduler=name).program_fd
         functions = {
             "empty": "bench_empty",
             "mac-swap": "bench_mac_swap",
@@ -169,8 +174,10 @@ class Bench:
         for index, name in enumerate(_TARGETS):
             self._update("targets", index, programs[name].to_bytes(4, "little"))
 
-    def _load_mode(self, mode: str, key: HashKey, pins: Path, flow_sets: int = 1 << 15) -> Dataplane:
-        configuration = _configuration(mode)
+    def _load_mode(
+        self, mode: str, key: HashKey, pins: Path, flow_sets: int = 1 << 15, scheduler: str = "maglev"
+    ) -> Dataplane:
+        configuration = _configuration(mode, scheduler)
         features = replace(specialise.features(configuration, False), times=FlowTimes(budget=1 << 30))
         geometry = replace(specialise.geometry(configuration), flow_sets=flow_sets)
         plane = dataplane.open_dataplane(features, geometry, key, pins)

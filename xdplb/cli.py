@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import click
 
 from xdplb import __version__, control, privileges, terminal
-from xdplb.answers import Diff, Stats, Status
+from xdplb.answers import Diff, Explanation, Stats, Status
 from xdplb.errors import DaemonUnreachable
 from xdplb.model import AttachMode, BackendKey
 from xdplb.paths import Instance, only_instance
@@ -233,6 +233,48 @@ def top(count: int | None, interface: str | None) -> None:
         live.snapshots(sampler, terminal.show, count or 1)
     else:
         live.follow(sampler, console)
+
+
+@cli.command()
+@click.option("--service", metavar="SERVICE", help="Only those of this service.")
+@click.option("--backend", metavar="NAME", help="Only those of backends of this name.")
+@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="How many to list one by one.")
+@_interface
+@_output
+def flows(service: str | None, backend: str | None, limit: int, interface: str | None, output: str) -> None:
+    """Show the remembered flows, also while no daemon runs.
+
+    Remembered is what a change of the pool could break, and all flows (with affinity: clients) of schedulers that
+    choose; a settled slot's are not there. What is kept of one are 8 bytes without the client's address: `xdplb
+    explain` answers for a flow whose address is known.
+    """
+    from xdplb import flowlist
+
+    answer = flowlist.read_flows(only_instance(interface), service, backend)
+    if output == "json":
+        return terminal.show_json(answer)
+    from xdplb import flowviews
+
+    terminal.show(flowviews.flows(answer, limit))
+
+
+@cli.command()
+@click.argument("source", metavar="SRC:PORT")
+@click.argument("destination", metavar="VIP:PORT[/tcp|/udp]")
+@_interface
+@_output
+def explain(source: str, destination: str, interface: str | None, output: str) -> None:
+    """Say where a packet would go, and why.
+
+    The loaded program itself is asked, with a packet of an open connection (or a datagram), and what it does to that
+    is shown; it counts nothing and remembers nothing of it. IPv6 is written as [2001:db8::7]:40000.
+    """
+    answer = control.call(only_instance(interface), "explain", source=source, destination=destination)
+    if output == "json":
+        return terminal.show_json(answer)
+    from xdplb import flowviews
+
+    terminal.show(flowviews.explanation(cast(Explanation, answer)))
 
 
 @cli.group(cls=_Commands)

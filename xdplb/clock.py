@@ -40,6 +40,11 @@ class Clock:
         """As many as are at least `seconds`."""
         return -int(-seconds * self.frequency // (1 << self.shift))
 
+    @property
+    def tick_s(self) -> float:
+        """How long one is, in seconds."""
+        return (1 << self.shift) / self.frequency
+
     def flow_times(self, cache: FlowCache) -> FlowTimes:
         """Idle times as the packet path counts them."""
         return FlowTimes(

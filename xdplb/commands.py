@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from xdplb import config as configuration
+from xdplb import explain, frames
+from xdplb.clock import clock
 from xdplb.control import JSON, Handler, Request
 from xdplb.desired import FULLY_GROWN
-from xdplb.errors import UsageError
+from xdplb.errors import UsageError, XdplbError
 from xdplb.forecast import forecast
-from xdplb.model import Admin, Backend, BackendKey, Config, Service
+from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
+from xdplb.nexthops import Interface
 
 if TYPE_CHECKING:
     from xdplb.daemon import Daemon
@@ -32,6 +36,7 @@ class Commands:
             "diff": self._diff,
             "reload": self._reload,
             "backend": self._backend,
+            "explain": self._explain,
         }
 
     async def _status(self, request: Request) -> JSON:
@@ -130,6 +135,24 @@ class Commands:
             "window_s": daemon.engine.window_s(key.service),
         }
 
+    async def _explain(self, request: Request) -> JSON:
+        flow = explain.parse(str(request.get("source")), str(request.get("destination")))
+        daemon, engine = self._daemon, self._daemon.engine
+        arrival = _arrival(flow, daemon)
+        try:
+            found = engine.plane.explain(frames.build(flow, bytes(6), arrival.mac or bytes(6)), arrival.index)
+            egress = socket.if_indextoname(found.ifindex) if found.ifindex else None
+        except OSError as error:
+            raise XdplbError(f"the packet path cannot be asked on {arrival.name}: {error.strerror}") from error
+        known = explain.Known(
+            config=engine.config,
+            services={service.id: name for name, service in engine.applied.services.items()},
+            backends={id_: key for key, (id_, _) in engine.applied.backends.items()},
+            statuses=engine.statuses.by_service,
+            tick_s=clock().tick_s,
+        )
+        return cast(JSON, explain.answer(flow, found, known, arrival.name, egress))
+
     def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:
         known = {s.name: {b.name: b for b in s.backends} for s in self._daemon.config.services}
         if service not in known:
@@ -140,6 +163,17 @@ class Commands:
 
     def _names(self) -> list[str]:
         return [service.name for service in self._daemon.config.services]
+
+
+def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
+    """Where such a packet comes in: from the backends' side where a NAT backend has the source's address."""
+    sides = {interface.index: interface for interface in daemon.interfaces}
+    for service in daemon.config.services:
+        for backend in service.backends if service.forward is Forward.NAT else ():
+            way = daemon.statuses.get(BackendKey(service.name, backend.name)).way
+            if backend.address == flow.source.address and way is not None and way.ifindex in sides:
+                return sides[way.ifindex]
+    return daemon.interfaces[0]
 
 
 def changes(old: Config, new: Config) -> Iterator[JSON]:

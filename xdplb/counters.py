@@ -20,10 +20,16 @@ Row = dict[str, int]
 
 def read_stats(instance: Instance) -> dict[str, Any]:
     """`xdplb stats -o json`: counters by service and backend, drops by reason, verdicts."""
+    manifest = running(instance)
+    return stats(manifest, {name: read_pinned(Path(manifest.pins) / name) for name in manifest.counters})
+
+
+def running(instance: Instance) -> Manifest:
+    """The manifest of what runs there, with a daemon or without. DaemonUnreachable where nothing does."""
     manifest = load(instance.manifest)
     if manifest is None:
         raise DaemonUnreachable(f"no xdplb runs on {instance.name}", f"Start one with: xdplb up {instance.name}")
-    return stats(manifest, {name: read_pinned(Path(manifest.pins) / name) for name in manifest.counters})
+    return manifest
 
 
 def stats(manifest: Manifest, counters: Mapping[str, NDArray[np.uint64]]) -> dict[str, Any]:
@@ -49,16 +55,21 @@ def stats(manifest: Manifest, counters: Mapping[str, NDArray[np.uint64]]) -> dic
 
 
 def read_pinned(path: Path) -> NDArray[np.uint64]:
-    """All of a pinned map's counters, summed over CPUs. NotPrivileged, DaemonUnreachable where the map is gone."""
+    """All of a pinned map's counters, summed over CPUs. Raises as `open_pinned` does."""
+    descriptor = open_pinned(path)
     try:
-        descriptor = bpfsys.get(path)
+        return bpfsys.read_per_cpu(descriptor, bpfsys.map_shape(descriptor).max_entries)
+    finally:
+        os.close(descriptor)
+
+
+def open_pinned(path: Path) -> int:
+    """A descriptor of a pinned map. NotPrivileged, DaemonUnreachable where the map is gone."""
+    try:
+        return bpfsys.get(path)
     except PermissionError as error:
         raise NotPrivileged(f"{path}: {error.strerror}", "run it with sudo") from error
     except FileNotFoundError as error:
         raise DaemonUnreachable(
             f"{path} is gone: no packet path is loaded", "xdplb up, or xdplb down to clean up"
         ) from error
-    try:
-        return bpfsys.read_per_cpu(descriptor, bpfsys.map_shape(descriptor).max_entries)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from xdplb.lock import locked
 from xdplb.logs import log_to_stderr
 from xdplb.manifest import Manifest
 from xdplb.model import Admin, AttachMode, BackendKey, Config
-from xdplb.nexthops import LinkEvent
+from xdplb.nexthops import Interface, LinkEvent
 from xdplb.paths import Instance, state_directory
 from xdplb.plan import CapacityExceeded
 from xdplb.steering import Steering
@@ -305,6 +305,11 @@ class Daemon:
     def _engine(self) -> Engine | None:
         """None while there is none yet."""
         return getattr(self, "engine", None)
+
+    @property
+    def interfaces(self) -> Sequence[Interface]:
+        """Those that the program is attached to; the clients' first."""
+        return self._interfaces
 
     @property
     def health(self) -> Mapping[BackendKey, Health]:

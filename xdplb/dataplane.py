@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from xdplb import abi, bpfsys, bundle, flows
 from xdplb.codec import Codec
 from xdplb.errors import CompileError, NotCapable, NotPrivileged
+from xdplb.found import Found
 
 MAIN = "xdplb"
 SWEEP = "xdplb_sweep"
+EXPLAIN = "xdplb_explain"
 _STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
 COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_counters")
 BPFFS = Path("/sys/fs/bpf")
@@ -64,6 +66,7 @@ class Dataplane:
         self.transitions = np.frombuffer(self._memory("transitions"), flows.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
+        self._explanations = self._structs("explanations")
 
     @property
     def program_fd(self) -> int:
@@ -105,6 +108,11 @@ class Dataplane:
     def set_counters(self, map_name: str, index: int, values: NDArray[np.uint64]) -> None:
         bpfsys.write_per_cpu(self.fd(map_name), index, values)
 
+    def explain(self, frame: bytes, ifindex: int) -> Found:
+        """What would become of the frame if it arrived on that interface, and why; nothing is changed by asking."""
+        run = bpfsys.test_run(self.programs[EXPLAIN], frame, ingress_ifindex=ifindex)
+        return Found.read(self._explanations[0], run.verdict, frame, run.packet)
+
     def unpin(self) -> None:
         """Removes this generation's pins; the maps live on while programs use them."""
         shutil.rmtree(self.pins, ignore_errors=True)
@@ -137,7 +145,7 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: bundle.H
     definitions = abi.defines(features, geometry)
     flags = bundle.compiler_flags(definitions, key, pins)
     _refuse_foreign_pins(pins)
-    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, *_STAGES.values()])
+    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, *_STAGES.values()])
     plane = Dataplane(bpf, programs, geometry, features, pins)
     for stage, name in _STAGES.items():
         bpfsys.update(plane.fd("stages"), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,7 @@ def note(notes: Manifest, engine: Engine) -> None:
     notes.pins = str(plane.pins)
     notes.layout, notes.key = STATE_LAYOUT, engine.key.name
     notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}
+    notes.flow_times = asdict(plane.features.times)
     notes.counters = {name: list(plane.counter_fields(name)) for name in COUNTER_MAPS}
     backends: dict[str, dict[str, int]] = {name: {} for name in applied.services}
     for key, (id_, _) in applied.backends.items():
@@ -194,6 +195,7 @@ def note(notes: Manifest, engine: Engine) -> None:
             forward=service.forward,
             backends=backends[service.name],
             retired=engine.retired.by_service.get(service.name, []),
+            keep_idle=int(plane.services.entries["keep_idle"][applied.services[service.name].id]),
         )
         for service in engine.config.services
         if service.name in applied.services

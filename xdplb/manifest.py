@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xdplb.abi import Geometry
+from xdplb.abi import FlowTimes, Geometry
 from xdplb.errors import XdplbError
 
 VERSION = 1
@@ -19,7 +19,9 @@ VERSION = 1
 
 @dataclass(slots=True)
 class ServiceRecord:
-    """`retired`: what its removed backends had counted, in the order of `Manifest.counters["backend_counters"]`."""
+    """`retired`: what its removed backends had counted, in the order of `Manifest.counters["backend_counters"]`;
+    `keep_idle`: for how many idle ticks its flows are remembered at least.
+    """
 
     id: int
     first_slot: int
@@ -27,13 +29,14 @@ class ServiceRecord:
     forward: str
     backends: dict[str, int]
     retired: list[int] = field(default_factory=list)
+    keep_idle: int = 0
 
 
 @dataclass(slots=True)
 class Manifest:
     """`addresses`, `sysctls` and `aggregation` are what we added and changed, `programs` the ids of what we attached.
-    `health` holds (state, reason, since) by SERVICE/BACKEND. `layout` is the maps' abi.STATE_LAYOUT, `key` names the
-    hash key without telling it.
+    `flow_times` are the fields of FlowTimes, `layout` is the maps' abi.STATE_LAYOUT, `key` names the hash key without
+    telling it. `health` holds (state, reason, since) by SERVICE/BACKEND.
     """
 
     interfaces: list[str]
@@ -48,12 +51,21 @@ class Manifest:
     programs: list[int] = field(default_factory=list)
     layout: int = 0
     key: str = ""
+    flow_times: dict[str, int] = field(default_factory=dict)
     version: int = VERSION
 
     def save(self, path: Path) -> None:
         fresh = path.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(self)), encoding="utf-8")
         fresh.replace(path)
+
+    @property
+    def times(self) -> FlowTimes | None:
+        """None where another version of xdplb made the program."""
+        try:
+            return FlowTimes(**self.flow_times) if self.flow_times else None
+        except TypeError:
+            return None
 
     @property
     def map_geometry(self) -> Geometry | None:

@@ -35,6 +35,7 @@ def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) 
         outer_ipv6=6 in outer,
         tx_by_redirect=tx_by_redirect,
         choice=any(not service.scheduler.hashes for service in config.services),
+        affinity=any(service.affinity is not None for service in config.services),
         client_prefix=any(_has_prefix(service) for service in config.services),
         watchdog=config.control_loss_s is not None,
         times=times,

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xdplb.answers import BackendStatus, Diff, ServiceStatus, Stats, Status
-
-_ALARM, _WARNING, _FINE, _QUIET = "bold red", "yellow", "green", "dim"
+from xdplb.tables import ALARM, FINE, QUIET, WARNING, Column, add_row, new_table, quantity
 
 _REASONS = {
     "INI": "no check has ended yet",
@@ -29,23 +28,7 @@ _REASONS = {
 }
 """Codes of HAProxy that do not mean success, in words (see health.py)."""
 
-_KINDS = {"add": ("+", _FINE), "remove": ("-", _ALARM), "change": ("~", _WARNING)}
-
-
-class Column(NamedTuple):
-    title: str
-    number: bool = False
-
-
-def quantity(count: float) -> str:
-    """9999, 10.0k, 1.23M: four digits at most, so that a column's magnitudes compare at a glance."""
-    if count < 9999.5:
-        return str(round(count))
-    for unit in ("k", "M", "G", "T", "P", "E"):
-        count /= 1000
-        if count < 999.5 or unit == "E":
-            break
-    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f}{unit}"
+_KINDS = {"add": ("+", FINE), "remove": ("-", ALARM), "change": ("~", WARNING)}
 
 
 def age(moment: str, now: datetime) -> str:
@@ -62,7 +45,7 @@ def status(answer: Status, now: datetime) -> RenderableType:
     if not answer["services"]:
         return Text("no services")
     rated = any("rates" in backend for service in answer["services"] for backend in service["backends"])
-    table = _table(
+    table = new_table(
         Column("SERVICE/BACKEND"),
         Column("ADDRESS"),
         Column("STATE"),
@@ -77,10 +60,10 @@ def status(answer: Status, now: datetime) -> RenderableType:
     for index, service in enumerate(answer["services"]):
         if index:
             table.add_row()
-        manner = Text(f"{service['forward']}, {service['scheduler']}", _QUIET)
-        _row(table, Text(service["name"], "bold"), service["listen"], _serving(service), *blanks, manner)
+        manner = Text(f"{service['forward']}, {service['scheduler']}", QUIET)
+        add_row(table, Text(service["name"], "bold"), service["listen"], _serving(service), *blanks, manner)
         for backend in service["backends"]:
-            _row(table, *_backend_status(backend, now, rated))
+            add_row(table, *_backend_status(backend, now, rated))
     return table
 
 
@@ -109,8 +92,8 @@ def _serving(service: ServiceStatus) -> Text:
         for backend in service["backends"]
     )
     if not up:
-        return Text("NONE UP" if total else "NO BACKENDS", _ALARM)
-    return Text(f"{up} of {total} up", _FINE if up == total else _WARNING)
+        return Text("NONE UP" if total else "NO BACKENDS", ALARM)
+    return Text(f"{up} of {total} up", FINE if up == total else WARNING)
 
 
 def _state(backend: BackendStatus) -> Text:
@@ -118,22 +101,22 @@ def _state(backend: BackendStatus) -> Text:
     if backend["admin"] == "maint":
         return Text("maint", "blue")
     health = {"up": "up", "down": "DOWN", "unknown": "unknown"}[backend["state"]]
-    style = {"up": _FINE, "down": _ALARM, "unknown": _WARNING}[backend["state"]]
+    style = {"up": FINE, "down": ALARM, "unknown": WARNING}[backend["state"]]
     if backend["admin"] == "drain":
-        return Text("drain" if health == "up" else f"{health}, drain", _WARNING if health == "up" else style)
+        return Text("drain" if health == "up" else f"{health}, drain", WARNING if health == "up" else style)
     return Text(health, style)
 
 
 def _why(backend: BackendStatus) -> Text:
     reason = backend["reason"]
     words = _REASONS.get(reason.partition("/")[0])
-    parts = [Text(f"{reason}: {words}", _WARNING) if words else Text(reason)]
+    parts = [Text(f"{reason}: {words}", WARNING) if words else Text(reason)]
     if not backend.get("reachable", True):
-        parts.append(Text("NO NEXT HOP", _ALARM))
+        parts.append(Text("NO NEXT HOP", ALARM))
     if (share := backend.get("slow_start")) is not None:
-        parts.append(Text(f"slow start: at {100 * share:.0f} % of its weight", _WARNING))
+        parts.append(Text(f"slow start: at {100 * share:.0f} % of its weight", WARNING))
     if backend.get("backup", False):
-        parts.append(Text("backup", _QUIET))
+        parts.append(Text("backup", QUIET))
     return Text(", ").join(parts)
 
 
@@ -144,7 +127,7 @@ def _milliseconds(duration_ms: float) -> str:
 def stats(answer: Stats, exact: bool = False) -> RenderableType:
     """`exact`: all digits."""
     show = str if exact else quantity
-    table = _table(
+    table = new_table(
         Column("SERVICE/BACKEND"),
         Column("PACKETS", number=True),
         Column("BYTES", number=True),
@@ -155,10 +138,10 @@ def stats(answer: Stats, exact: bool = False) -> RenderableType:
         if index:
             table.add_row()
         counters = [show(service["packets"]), show(service["bytes"]), show(service["new_flows"])]
-        _row(table, Text(service["name"], "bold"), *counters, _drops(service["drops"], exact))
+        add_row(table, Text(service["name"], "bold"), *counters, _drops(service["drops"], exact))
         for backend in service["backends"]:
             counters = [show(backend["packets"]), show(backend["bytes"]), show(backend["new_flows"])]
-            _row(table, f"  {backend['name']}", *counters)
+            add_row(table, f"  {backend['name']}", *counters)
     verdicts = "  ".join(f"{name} {show(count)}" for name, count in answer["verdicts"].items())
     parts: list[RenderableType] = [table if answer["services"] else Text("no services"), Text()]
     if outside := _drops(answer.get("drops", {}), exact):
@@ -168,7 +151,7 @@ def stats(answer: Stats, exact: bool = False) -> RenderableType:
 
 def _drops(drops: dict[str, int], exact: bool) -> Text:
     show = str if exact else quantity
-    return Text(", ".join(f"{reason} {show(count)}" for reason, count in drops.items() if count), _ALARM)
+    return Text(", ".join(f"{reason} {show(count)}" for reason, count in drops.items() if count), ALARM)
 
 
 def diff(answer: Diff, done: bool = False) -> RenderableType:
@@ -178,7 +161,7 @@ def diff(answer: Diff, done: bool = False) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     for change in answer["changes"]:
         sign, style = _KINDS[change["kind"]]
-        _row(table, Text(sign, style), Text(change["what"], style), change["detail"])
+        add_row(table, Text(sign, style), Text(change["what"], style), change["detail"])
     moved = [
         Text(f"{service['name']}: {service['slots_moved_percent']:.1f} % of the slots {'moved' if done else 'move'}")
         for service in answer["services"]
@@ -196,7 +179,7 @@ def _on_removed(answer: Diff, done: bool) -> list[Text]:
     return [
         Text(
             f"{_count(flows, 'remembered flow')} {verb} on backends that {'are gone' if done else 'go'}",
-            _ALARM if flows else "",
+            ALARM if flows else "",
         )
     ]
 
@@ -205,10 +188,10 @@ def _broken(answer: Diff, done: bool) -> list[Text]:
     flows, verb = answer["flows_broken"], "broke" if done else "break"
     if flows is None:
         unsure = [service["name"] for service in answer["services"] if service.get("flows_broken", 0) is None]
-        return [Text(f"{name}: flows {verb}, nobody knows how many", _ALARM) for name in unsure]
+        return [Text(f"{name}: flows {verb}, nobody knows how many", ALARM) for name in unsure]
     other = "other " if answer.get("flows_on_removed", 0) else ""
     verb = verb if done or flows > 1 else "breaks"
-    return [Text(f"{_count(flows, f'{other}flow')} {verb}", _ALARM if flows else _FINE)]
+    return [Text(f"{_count(flows, f'{other}flow')} {verb}", ALARM if flows else FINE)]
 
 
 def _count(number: int, what: str) -> str:
@@ -221,7 +204,7 @@ def top(previous: Stats, current: Stats, elapsed_s: float, health: Status | None
     for service in health["services"] if health else []:
         states[service["name"], ""] = _serving(service)
         states |= {(service["name"], backend["name"]): _state(backend) for backend in service["backends"]}
-    table = _table(
+    table = new_table(
         Column("SERVICE/BACKEND"),
         Column("STATE"),
         Column("PACKET/S", number=True),
@@ -235,11 +218,11 @@ def top(previous: Stats, current: Stats, elapsed_s: float, health: Status | None
         packets, size, flows, drops = (max(0, new - old) / elapsed_s for new, old in changes)
         service_name, backend = key
         name = f"  {backend}" if backend else Text(service_name, "bold")
-        dropped = "" if backend else Text(quantity(drops), _ALARM if drops else "")
-        _row(table, name, states.get(key, "-"), quantity(packets), quantity(8 * size), quantity(flows), dropped)
+        dropped = "" if backend else Text(quantity(drops), ALARM if drops else "")
+        add_row(table, name, states.get(key, "-"), quantity(packets), quantity(8 * size), quantity(flows), dropped)
     if health:
         return table
-    note = Text("no daemon answers: states are not known; packets are balanced as before", _WARNING)
+    note = Text("no daemon answers: states are not known; packets are balanced as before", WARNING)
     return Group(table, Text(), note)
 
 
@@ -261,15 +244,3 @@ def _counters(answer: Stats) -> dict[tuple[str, str], _Counters]:
             own = _Counters(backend["packets"], backend["bytes"], backend["new_flows"], 0)
             counters[service["name"], backend["name"]] = own
     return counters
-
-
-def _table(*columns: Column) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=_QUIET)
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.number else "left", no_wrap=True)
-    return table
-
-
-def _row(table: Table, *cells: str | Text) -> None:
-    """Adds the cells as they are: to rich a plain string is markup, and [fd00::1] would be a tag."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))

@@ -269,6 +269,12 @@ class KeptConnection:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
+    @property
+    def source(self) -> str:
+        """The client's end, as ADDRESS:PORT."""
+        address, port = self._connection.getsockname()[:2]
+        return at(address, port)
+
     def ask(self) -> str:
         """Who answers at its other end."""
         self._connection.sendall(b"GET / HTTP/1.1\r\nHost: xdplb\r\n\r\n")

@@ -60,6 +60,16 @@ CHANGES: JSON = {
     "services": [{"name": "web", "slots_moved_percent": 16.7}],
     "flows_broken": 0,
 }
+EXPLANATION: JSON = {
+    **dict.fromkeys(("service", "forward", "scheduler", "slot", "flow_cache", "remembered", "backend", "address")),
+    **dict.fromkeys(("new_connection", "before", "after", "egress", "largest_packet")),
+    "source": "198.51.100.7:40000",
+    "destination": "203.0.113.10:80/tcp",
+    "interface": "eth0",
+    "verdict": "pass",
+    "reason": "no_service",
+    "why": "no service has the address 203.0.113.10: the kernel gets it",
+}
 NO_CHANGES: JSON = {"changes": [], "services": [], "flows_broken": 0}
 
 
@@ -137,7 +147,8 @@ def test_help_is_help(run: Run, command: tuple[str, ...], flag: str) -> None:
 def test_help_offers_what_there_is_and_nothing_else(run: Run) -> None:
     offered = [line.split()[0] for line in run("--help").out.partition("Commands:\n")[2].splitlines()]
     assert offered == [
-        *("up", "down", "check", "diff", "reload", "status", "stats", "top", "backend", "demo", "bench", "decap")
+        *("up", "down", "check", "diff", "reload", "status", "stats", "top", "flows", "explain", "backend"),
+        *("demo", "bench", "decap"),
     ]
 
 
@@ -147,7 +158,8 @@ def test_help_offers_what_there_is_and_nothing_else(run: Run) -> None:
      "up eth0 --mode fast", "up a/b -c FILE", "down", "down a/b", "up eth0 --listen 192.0.2.1:80",
      "up eth0 --backend 10.0.0.1", "up eth0 -c FILE --listen 192.0.2.1:80 --backend 10.0.0.1", "up -c FILE",
      "backend drain web", "backend drain /a", "backend drain web/", "backend weight web/a", "backend weight web/a -1",
-     "backend weight web/a heavy", "backend weight web/a 65536", "top -n 0", "decap", "decap eth0 --port 0",
+     "backend weight web/a heavy", "backend weight web/a 65536", "top -n 0", "flows --limit -1",
+     "flows web", "explain", "explain 198.51.100.7:40000", "decap", "decap eth0 --port 0",
      "status --interface a/b", "backend ready web/a --wait", "backend drain web/a --timeout 9s",
      "backend maint web/a --wait --timeout 9", "doctor eth0"],
 )  # fmt: skip
@@ -328,6 +340,21 @@ def test_status_shows_a_table_or_the_json(run: Run) -> None:
     assert "\x1b" not in table.out
     assert json.loads(as_json.out) == STATUS
     assert [request["service"] for request in requests] == [None, "web"]
+
+
+def test_explain_asks_the_daemon_and_shows_what_it_says(run: Run) -> None:
+    requests: list[Request] = []
+    command = ("explain", "198.51.100.7:40000", "203.0.113.10:80")
+    with daemon({"explain": answering(EXPLANATION, requests)}):
+        shown, as_json = run(*command), run(*command, "-o", "json")
+    assert shown.code == 0 and "why  no service has the address 203.0.113.10: the kernel gets it" in shown.out
+    assert json.loads(as_json.out) == EXPLANATION
+    assert {(request["source"], request["destination"]) for request in requests} == {command[1:]}
+
+
+def test_flows_are_of_a_packet_path_that_there_is(run: Run) -> None:
+    said = run("flows", "--service", "web")
+    assert said == (4, "", "xdplb: no xdplb runs on this host\n  hint: Start one with: xdplb up IFACE\n")
 
 
 def test_what_the_daemon_refuses_is_told_as_it_said_it(run: Run) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xdplb import manifest
-from xdplb.abi import Geometry
+from xdplb.abi import FlowTimes, Geometry
 from xdplb.errors import XdplbError
 from xdplb.manifest import Manifest, ServiceRecord, load
 
@@ -29,6 +29,7 @@ FULL = Manifest(
     sysctls={"net.ipv4.ip_forward": "0"},
     aggregation={"eth0": ["lro"]},
     programs=[12, 13],
+    flow_times={"opening": 15, "tick_shift": 8},
 )
 
 
@@ -65,6 +66,18 @@ def test_the_geometry_comes_back_as_a_value(path: Path) -> None:
 def test_maps_of_a_version_with_another_geometry_have_none_that_we_know() -> None:
     assert replace(FULL, geometry={**FULL.geometry, "flows": 8}).map_geometry is None
     assert replace(FULL, geometry={"services": 8}).map_geometry is None
+
+
+def test_the_times_come_back_as_a_value(path: Path) -> None:
+    FULL.save(path)
+    loaded = load(path)
+    assert loaded is not None
+    assert loaded.times == FlowTimes(opening=15, tick_shift=8)
+
+
+@pytest.mark.parametrize("times", [{}, {"half_closed": 7}])
+def test_a_program_of_another_version_has_no_times_that_we_know(times: dict[str, int]) -> None:
+    assert replace(FULL, flow_times=times).times is None
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])

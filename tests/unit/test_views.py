@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import copy
-import io
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import pytest
-from rich.console import Console, RenderableType
+from rendering import page, rendered
 
 from xdplb import health, views
 from xdplb.answers import BackendStats, BackendStatus, Diff, ServiceStats, Stats, Status
 
 NOW = datetime(2026, 1, 1, 0, 5, 3, tzinfo=UTC)
-
-
-def rendered(renderable: RenderableType, width: int = 200) -> str:
-    """As printed on so wide a page; leading and trailing empty lines and blanks at line ends do not count."""
-    out = io.StringIO()
-    Console(file=out, width=width, color_system=None).print(renderable)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
-
-
-def page(text: str) -> str:
-    return "\n".join(line.removeprefix("    ").rstrip() for line in text.splitlines()).strip("\n")
 
 
 def a_backend(name: str, **fields: Any) -> BackendStatus:

@@ -58,6 +58,7 @@ FEATURES = Features(
     outer_ipv4=False,
     outer_ipv6=False,
     tx_by_redirect=False,
+    affinity=True,
     times=STILL,
 )
 GEOMETRY = Geometry(services=16, backends=2048, slots=1 << 18, address_buckets=64, intervals=1024, flow_sets=4096)

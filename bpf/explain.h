@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What would become of a packet, and why: the same look-ups as for real ones, the same changes, but without a trace. Nothing is
+ * counted, nothing is remembered, nobody is answered. Returns the verdict that the packet would get.
+ *
+ * Only test runs come here, with packets that the control plane makes: plain ones, so that the quick parser does.
+ */
+#ifndef XDPLB_EXPLAIN_H
+#define XDPLB_EXPLAIN_H
+
+#include "flow.h"
+#include "forward.h"
+#include "nat.h"
+#include "schedule.h"
+
+/* Of use to nobody but who asked, so not pinned. */
+BPF_F_TABLE("array", __u32, struct explanation, explanations, 1, BPF_F_MMAPABLE);
+
+/* Is something remembered of the flow, `*word`, and does it say where the packet goes? */
+static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
+{
+	struct flow_set *set = find_set(flow);
+	__u32 place = set ? find_flow(set, flow->key) : WAYS, id;
+
+	if (!set || place >= WAYS)
+		return false;
+	*word = *way(set, place);
+	return !(flow->service->flags & SERVICE_STATELESS) && find_remembered(flow, *word, &id);
+}
+
+/* The choice of xdplb.c's find_flow_backend, and what else was to choose from. */
+static __always_inline struct backend *explain_choice(const struct flow *flow, struct explanation *found)
+{
+	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id = 0;
+	bool recalled = explain_memory(flow, &found->remembered);
+	struct backend *backend;
+
+	found->slots = flow->service->slot_mask + 1;
+	found->slot = (__u32)flow->hash & flow->service->slot_mask;
+	found->slot_word = slot;
+	found->transition = read_transition(index);
+	found->tick = flow->tick;
+	if (schedule(flow->service, flow->hash, &id))
+		found->scheduled = id;
+	if (find_former(flow, slot, index, &id))
+		found->former = id;
+	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(found->remembered))))
+		found->subject = SUBJECT_ORPHAN;
+	if (!recalled && HAVE_CHOICE && found->scheduled && is_to_choose(flow))
+		found->subject = SUBJECT_TO_CHOOSE;
+
+	backend = find_backend(slot, &id);
+	if (slot & SLOT_IN_TRANSITION || !backend || !(backend->flags & BACKEND_UP))
+		backend = found->subject == SUBJECT_TO_SERVICE ? look_up_flow(flow, slot, index, &id) : NULL;
+	else
+		found->subject = SUBJECT_TO_SERVICE;
+	found->backend = backend ? id : 0;
+	return backend;
+}
+
+static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct explanation *found)
+{
+	struct service *service = services.lookup(&service_id);
+	struct backend *backend;
+	struct flow flow;
+
+	if (!service)
+		return XDP_PASS;
+	found->service = service_id;
+	found->service_flags = service->flags;
+	flow = flow_of(p, service, service_id, hash_flow(service, &p->source, p->ports));
+	backend = explain_choice(&flow, found);
+	if (!backend)
+		return found->subject == SUBJECT_ORPHAN || service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx))
+											   : XDP_DROP;
+	found->ifindex = backend->ifindex;
+	found->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
+	take_hop(p);
+	return rewrite(p, service, backend, flow.hash) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+}
+
+/* nat.h's `reply`, uncounted. The largest packet is the kernel's affair. */
+static __always_inline int explain_reply(struct packet *p, __u32 id, struct explanation *found)
+{
+	struct backend *backend = backends.lookup(&id);
+	struct service *service = backend ? services.lookup(&backend->service) : NULL;
+	struct bpf_fib_lookup fib = {};
+	enum route route;
+
+	if (!service || !service->slot_mask)
+		return XDP_PASS;
+	found->subject = SUBJECT_REPLY;
+	found->service = backend->service;
+	found->backend = id;
+	route = find_route(p, &service->address, &fib);
+	if (route == ROUTE_KERNEL_UNTOUCHED)
+		return XDP_PASS;
+	translate(p, &service->address, backend->port ? service->port : 0, true);
+	if (route == ROUTE_KERNEL)
+		return XDP_PASS;
+	take_hop(p);
+	found->ifindex = fib.ifindex;
+	return address_route(p->ctx, &fib) ? way_out(p->ctx, fib.ifindex) : XDP_ABORTED;
+}
+
+#endif
