@@ -86,16 +86,23 @@ class Change(TypedDict):
 
 
 class ServiceMoves(TypedDict):
+    """`flows_broken` and `flows_on_removed` as of `Diff`, of this service."""
+
     name: str
     slots_moved_percent: float
+    flows_broken: NotRequired[int | None]
+    flows_on_removed: NotRequired[int]
 
 
 class Diff(TypedDict):
-    """`flows_broken` is null while nothing tells."""
+    """`flows_broken`: live ones that lose their backend though it stays; null where some do and nobody knows how many.
+    `flows_on_removed`: live ones, as far as they are remembered, whose backend or service goes.
+    """
 
     changes: list[Change]
     services: list[ServiceMoves]
     flows_broken: int | None
+    flows_on_removed: NotRequired[int]
 
 
 class SlotAnswer(TypedDict):

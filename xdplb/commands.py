@@ -15,6 +15,7 @@ from xdplb.clock import clock
 from xdplb.control import JSON, Handler, Request
 from xdplb.desired import FULLY_GROWN
 from xdplb.errors import UsageError, XdplbError
+from xdplb.forecast import forecast
 from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
 from xdplb.nexthops import Interface
 
@@ -93,11 +94,22 @@ class Commands:
         return difference
 
     def _difference(self, config: Config) -> JSON:
-        moves = self._daemon.engine.moves(config)
+        daemon = self._daemon
+        engine = daemon.engine
+        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, engine.open)
         return {
-            "changes": list(changes(self._daemon.config, config)),
-            "services": [{"name": name, "slots_moved_percent": round(share, 2)} for name, share in moves.items()],
-            "flows_broken": 0,
+            "changes": list(changes(daemon.config, config)),
+            "services": [
+                {
+                    "name": name,
+                    "slots_moved_percent": round(service.slots_moved_percent, 2),
+                    "flows_broken": service.flows_broken,
+                    "flows_on_removed": service.flows_on_removed,
+                }
+                for name, service in told.services.items()
+            ],
+            "flows_broken": told.flows_broken,
+            "flows_on_removed": told.flows_on_removed,
         }
 
     async def _backend(self, request: Request) -> JSON:

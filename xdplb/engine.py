@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import flows, maglev
+from xdplb import flows
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, BackendFlag
 from xdplb.bundle import HashKey
 from xdplb.clock import Clock
@@ -163,20 +163,6 @@ class Engine:
         self.statuses.set(key, status)
         return True
 
-    def moves(self, config: Config) -> dict[str, float]:
-        """What share of each service's slots would change hands under `config`, in percent. New services have none."""
-        statuses = self.statuses.copy()
-        statuses.follow(config)
-        shared = shared_backends(config)
-        result = {}
-        for service in config.services:
-            known = self.applied.services.get(service.name)
-            if known is None:
-                continue
-            desired = desire(service, statuses.by_service[service.name], shared)
-            result[service.name] = 100 * self._moved(desired, known.table) / len(known.table)
-        return result
-
     def remembered(self) -> dict[BackendKey, int]:
         """Live remembered flows by backend; those that have none are left out."""
         _, flows_, live, _ = self._look()
@@ -259,16 +245,6 @@ class Engine:
         services = np.where(remembered.backend < len(service_of), service_of[remembered.backend % len(service_of)], 0)
         at_least = plane.services.entries["keep_idle"][services]
         return tick, remembered, remembered.live(plane.features.times, at_least) & (services != 0), services
-
-    def _moved(self, desired: DesiredService, table: NDArray[np.uint32]) -> int:
-        name, listen = desired.config.name, desired.config.listen
-        fresh = max((id_ for id_, _ in self.applied.backends.values()), default=0)
-        members = []
-        for backend in desired.backends:
-            id_, _ = self.applied.backends.get(BackendKey(name, backend.config.name), (0, None))
-            fresh += not id_
-            members.append(maglev.Member(backend.config.label(listen), id_ or fresh, backend.weight))
-        return maglev.moved(table, maglev.repair(table, members))
 
     def _carry_out(self, operations: Iterable[Operation]) -> None:
         for operation in operations:

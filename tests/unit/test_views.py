@@ -219,6 +219,31 @@ def test_where_nothing_tells_which_flows_break_nothing_is_claimed() -> None:
     assert "flow" not in rendered(views.diff(a_diff() | {"flows_broken": None}))
 
 
+def test_where_some_break_and_nobody_knows_how_many_it_is_said_of_which_service() -> None:
+    answer = a_diff() | {"flows_broken": None}
+    answer["services"][0]["flows_broken"], answer["services"][1]["flows_broken"] = None, 0
+    assert rendered(views.diff(answer)).splitlines()[-1] == "web: flows break, nobody knows how many"
+    assert rendered(views.diff(answer, done=True)).splitlines()[-1] == "web: flows broke, nobody knows how many"
+
+
+@pytest.mark.parametrize(
+    ("flows", "done", "words"),
+    [
+        (0, False, "no remembered flow is on backends that go"),
+        (1, False, "1 remembered flow is on backends that go"),
+        (48, False, "48 remembered flows are on backends that go"),
+        (48, True, "48 remembered flows were on backends that are gone"),
+    ],
+)
+def test_flows_on_what_goes_are_counted_apart(flows: int, done: bool, words: str) -> None:
+    answer = a_diff() | {"flows_on_removed": flows}
+    said, rest = rendered(views.diff(answer, done)).splitlines()[-2:]
+    assert said == words
+    assert ("other" in rest) is bool(flows)
+    answer["changes"] = answer["changes"][:2]
+    assert (words in rendered(views.diff(answer, done))) is bool(flows), "a backend may have got another address"
+
+
 @pytest.mark.parametrize(
     ("broken", "done", "words"),
     [(1, False, "1 flow breaks"), (2, False, "2 flows break"), (1, True, "1 flow broke"), (2, True, "2 flows broke")],
