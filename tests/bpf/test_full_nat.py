@@ -77,20 +77,23 @@ class Gateway:
 
     def __init__(self, plane: Dataplane, interfaces: dict[str, int]) -> None:
         self.plane = plane
-        self._front = interfaces["front"]
+        self.front = interfaces["front"]
         self.clock = clock(plane.features.times.tick_shift)
         config = Config(("front",), tuple(service(v, p) for v in (4, 6) for p in PORT))
         config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
         self.engine = Engine(plane, KEY, config, Statuses(), Applied(plane.geometry), Retired(), self.clock)
-        way = Way(self._front, *(bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, BACKEND_MAC)), None, MTU)
+        way = Way(self.front, *(bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, BACKEND_MAC)), None, MTU)
         for one in config.services:
             for backend in one.backends:
                 key = BackendKey(one.name, backend.name)
                 self.engine.update(key, BackendStatus(HealthState.UP, Admin.ACTIVE, None, way))
         self.engine.apply_all()
 
+    def test(self, packet: bytes) -> bpfsys.TestRun:
+        return bpfsys.test_run(self.plane.program_fd, packet, ingress_ifindex=self.front)
+
     def run(self, packet: Packet) -> tuple[Verdict, Packet]:
-        result = bpfsys.test_run(self.plane.program_fd, raw(packet), ingress_ifindex=self._front)
+        result = self.test(raw(packet))
         if result.verdict == Verdict.TX:
             assert reference.faults(result.packet) == []
         return Verdict(result.verdict), Ether(result.packet)
@@ -176,7 +179,7 @@ def test_hardly_anybody_is_refused_before_most_ports_are_given(gateway: Gateway)
     verdicts = []
     for number in range(offered):
         packet[29], packet[34:36] = number >> 15, (32768 + number % 32768).to_bytes(2, "big")
-        verdicts.append(bpfsys.test_run(gateway.plane.program_fd, bytes(packet)).verdict)
+        verdicts.append(gateway.test(bytes(packet)).verdict)
     given = verdicts.count(Verdict.TX)
     assert 0.995 * offered < given == np.count_nonzero(gateway.plane.leases)
     assert verdicts[: PLACES * 7 // 10].count(Verdict.DROP) == 0
