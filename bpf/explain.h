@@ -10,6 +10,7 @@
 
 #include "flow.h"
 #include "forward.h"
+#include "lease.h"
 #include "nat.h"
 #include "schedule.h"
 
@@ -58,6 +59,36 @@ static __always_inline struct backend *explain_choice(const struct flow *flow, s
 	return backend;
 }
 
+/* fullnat.h's way to the backend. A flow that holds no address and port of ours yet keeps its own here. */
+static __always_inline int explain_full_nat(struct packet *p, const struct flow *flow, struct backend *backend,
+					    struct explanation *found)
+{
+	struct applicant applied = applicant(flow, &p->source, p->ports, p->version);
+	__u32 place = find_lease(&applied), id = 0;
+	__u64 *word = place == NO_PLACE ? NULL : lease(place);
+	struct backend *known = NULL;
+	struct address source;
+	__be16 port;
+
+	if (word) {
+		id = FLOW_BACKEND(*word);
+		known = backends.lookup(&id);
+	}
+	if (serves(flow, known) && !flow->anybody && source_of(place, &source, &port)) {
+		found->subject = SUBJECT_LEASED;
+		found->backend = id;
+		backend = known;
+		translate(p, &source, port, true);
+	}
+	if (!backend)
+		return XDP_DROP;
+	found->ifindex = backend->ifindex;
+	found->largest = backend->mtu;
+	take_hop(p);
+	translate(p, &backend->address, backend->port, false);
+	return address_frame(p->ctx, backend) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+}
+
 static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct explanation *found)
 {
 	struct service *service = services.lookup(&service_id);
@@ -73,6 +104,8 @@ static __always_inline int explain_balance(struct packet *p, __u32 service_id, s
 	if (!backend)
 		return found->subject == SUBJECT_ORPHAN || service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx))
 											   : XDP_DROP;
+	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
+		return explain_full_nat(p, &flow, backend, found);
 	found->ifindex = backend->ifindex;
 	found->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
 	take_hop(p);

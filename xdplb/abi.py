@@ -120,6 +120,8 @@ class Subject(enum.IntEnum):
     """To a service whose scheduler chooses a backend once the packet comes."""
     ORPHAN = 5
     """Of a connection whose backend was removed, to a service that resets those."""
+    LEASED = 6
+    """Of a flow that has an address and port of ours, to a service that forwards by full-nat."""
 
 
 @dataclass(frozen=True, slots=True)

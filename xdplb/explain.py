@@ -183,10 +183,18 @@ class _Story:
         return {"backend": self._name(found.scheduled), "why": why}
 
     def why(self) -> str:
-        found, service = self._found, self._to_service
+        service = self._to_service
         if service is None:
             return self._why_no_service()
+        if service.forward is Forward.FULL_NAT and self._found.reason is not Reason.LEASED and self._found.backend:
+            return f"{self._why(service)}; its source becomes an address and port of ours when it comes"
+        return self._why(service)
+
+    def _why(self, service: Service) -> str:
+        found = self._found
         reason, name = found.reason, self._name(found.backend)
+        if reason is Reason.LEASED:
+            return f"open: {name} knows it by the address and port that it has of ours"
         if reason is Reason.SETTLED:
             return self._belongs()
         if reason is Reason.REMEMBERED:

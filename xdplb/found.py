@@ -21,6 +21,8 @@ class Reason(enum.StrEnum):
     NO_SERVICE = "no_service"
     OTHER_PORT = "other_port"
     REPLY = "reply"
+    LEASED = "leased"
+    """It has an address and port of ours, with which its backend knows it."""
     SETTLED = "settled"
     REMEMBERED = "remembered"
     TO_CHOOSE = "to_choose"
@@ -43,6 +45,7 @@ _OTHERS = {
     Subject.REPLY: Reason.REPLY,
     Subject.TO_CHOOSE: Reason.TO_CHOOSE,
     Subject.ORPHAN: Reason.ORPHAN,
+    Subject.LEASED: Reason.LEASED,
 }
 
 

@@ -34,7 +34,7 @@ from scapy.packet import Packet
 from world import FEATURES, GEOMETRY, KEY, MTU, PIN_ROOT, World
 
 from xdplb import bpfsys, dataplane, specialise
-from xdplb.abi import FIRST_SOURCE_PORT, FlowState
+from xdplb.abi import FIRST_SOURCE_PORT, FlowState, Subject
 from xdplb.clock import clock
 from xdplb.dataplane import Dataplane
 from xdplb.desired import BackendStatus, Way
@@ -255,6 +255,20 @@ def test_a_removed_backend_leaves_no_place_behind(gateway: Gateway) -> None:
     gateway.engine.apply_all()
     left = {int(word) >> 14 & 0x1FFFF for word in gateway.plane.leases if word}
     assert left == {gateway.engine.applied.backends[BackendKey("tcp4", "b1")][0]}
+
+
+def test_what_explain_says_is_what_happens(gateway: Gateway, version: int, protocol: str) -> None:
+    flow, build = client(version, protocol), tcp("A") if protocol == "tcp" else udp()
+    packet = frame(build(flow))
+    new = gateway.plane.explain(raw(packet), gateway.front)
+    assert not gateway.plane.leases.any()
+    assert (new.subject, ends(Ether(new.after)).source) == (Subject.TO_SERVICE, CLIENT[version])
+    gateway.open(flow, protocol)
+    before = gateway.plane.leases.copy()
+    known = gateway.plane.explain(raw(packet), gateway.front)
+    assert (gateway.plane.leases == before).all()
+    assert known.subject is Subject.LEASED
+    assert known.after == raw(gateway.run(packet)[1])
 
 
 def test_later_fragments_are_dropped_and_counted(gateway: Gateway) -> None:
