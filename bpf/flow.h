@@ -241,15 +241,11 @@ static __always_inline bool remember_flow(struct flow_set *set, const struct flo
 	const bool known = place < WAYS;
 	__u64 victim = known ? place : find_victim(set, flow->tick), old;
 
-	if (!known && ((flow->anybody && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick))) {
-		counters->not_remembered++;
+	if (!known && ((flow->anybody && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
 		return false;
-	}
 	old = *way(set, victim);
-	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, flow->state))) {
-		counters->not_remembered++; /* another CPU was quicker */
-		return false;
-	}
+	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, flow->state)))
+		return false; /* another CPU was quicker */
 	if (known)
 		return true;
 	counters->remembered++;
@@ -355,6 +351,7 @@ static __always_inline struct backend *recall(const struct flow *flow, __u32 slo
 	}
 	if (!backend || stateless || remember_flow(set, flow, place, *id, counters))
 		return backend;
+	counters->not_remembered++;
 	*id = former_id;
 	return former;
 }
