@@ -1,5 +1,5 @@
-"""Packet paths for the tests of the flow rule: one like any, one that can remember no more than eight flows, and one with
-all schedulers and affinity.
+"""Packet paths for the tests of the flow rule: one like any, one that can remember no more than eight flows, and one
+with all schedulers and affinity.
 """
 
 from __future__ import annotations
