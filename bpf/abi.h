@@ -39,7 +39,7 @@ struct address_bucket {
 
 struct directory {
 	__u32 half;
-	__u32 pad;
+	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
 };
 
 /* (protocol << 16 | port) from `first` to `last`, both included, belongs to `target`: a service's or a backend's id. */
@@ -115,6 +115,13 @@ struct flow_set {
 	__u64 flow[8];
 };
 
+/* Full NAT: whose a place, and with it a source address and port of ours, is. `ports` as in the client's packets. */
+struct lessee {
+	struct address client;
+	__u32 ports;
+	__u32 service;
+};
+
 /* Per CPU: how many flows were remembered in this tick. */
 struct flow_budget {
 	__u32 tick;
@@ -146,6 +153,7 @@ struct drop_counters {
 	__u64 rejected;         /* no backend serves: answered with a reset or an ICMP error */
 	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */
 	__u64 fragment_unknown; /* a fragment whose first one did not pass here */
+	__u64 ports_exhausted;  /* full NAT: all places that the flow could have are taken by live ones */
 	__u64 unanswerable;     /* an answer was due, but the packet must not have one (RFC 1122 3.2.2; a reset) */
 };
 

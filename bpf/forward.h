@@ -31,14 +31,11 @@ static __always_inline int no_backend(const struct packet *p, const struct servi
 }
 
 /*
- * What every mode has in common: fits the way to the backend, has a hop left, is counted. False where the packet is not to be
- * forwarded; `*action` is what becomes of it then.
+ * What every mode has in common: fits the way to the backend with `room` for what is put around it, has a hop left, is counted.
+ * False where the packet is not to be forwarded; `*action` is what becomes of it then.
  */
-static __always_inline bool admit(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
-				  int *action)
+static __always_inline bool admit_with(struct packet *p, const struct backend *backend, __u32 id, __u32 room, int *action)
 {
-	const __u32 room = encapsulates(service) ? outer_length(service, backend) : 0;
-
 	if (hops_used_up(p)) {
 		*action = pass();
 		return false;
@@ -52,18 +49,29 @@ static __always_inline bool admit(struct packet *p, const struct service *servic
 	return true;
 }
 
-/* Encapsulates the packet where the mode says so, and addresses it to the next hop. False where the frame has no headroom. */
-static __always_inline bool wrap(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+static __always_inline bool admit(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
+				  int *action)
 {
-	struct ethhdr *eth;
+	return admit_with(p, backend, id, encapsulates(service) ? outer_length(service, backend) : 0, action);
+}
 
-	if (encapsulates(service) && !encapsulate(p, service, backend, hash))
-		return false;
-	eth = frame_start(p->ctx);
-	if ((void *)(eth + 1) > frame_end(p->ctx))
+/* Addresses the frame to the next hop on the way to the backend. */
+static __always_inline bool address_frame(struct xdp_md *ctx, const struct backend *backend)
+{
+	struct ethhdr *eth = frame_start(ctx);
+
+	if ((void *)(eth + 1) > frame_end(ctx))
 		return false;
 	set_macs(eth, backend->macs);
 	return true;
+}
+
+/* Encapsulates the packet where the mode says so, and addresses it to the next hop. False where the frame has no headroom. */
+static __always_inline bool wrap(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
+{
+	if (encapsulates(service) && !encapsulate(p, service, backend, hash))
+		return false;
+	return address_frame(p->ctx, backend);
 }
 
 /* All that the mode changes in a packet to the backend. */

@@ -181,18 +181,14 @@ static __always_inline void patch_icmp(struct packet *p, __u64 sum)
 }
 
 /* An error that a router or the client sent to a service's address, about a packet of the service's backend. */
-static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, const struct address_entry *to)
+static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, struct service *service, __u32 service_id)
 {
-	__u32 id = find_interval(to->services, port_key(q->protocol, q->ports & 0xffff));
-	struct service *service = services.lookup(&id);
-	__u32 ports, index, service_id = id;
+	__u32 ports, index, id;
 	struct flow flow = {};
 	struct backend *backend;
 	int action;
 	__u64 hash, sum;
 
-	if (!id || !service || !same_address(&q->source, &p->destination))
-		return pass();
 	ports = q->ports >> 16 | q->ports << 16; /* as the client sends them */
 	hash = hash_flow(service, &q->destination, ports);
 	flow.service = service;

@@ -22,6 +22,9 @@ BPF_TABLE_PINNED("array", __u32, struct slot_block, slots, SLOTS / 16, PIN("slot
 
 BPF_TABLE_PINNED("array", __u32, struct transition, transitions, SLOTS, PIN("transitions"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct flow_set, flow_sets, FLOW_SETS, PIN("flow_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct flow_set, lease_sets, LEASE_SETS, PIN("lease_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct lessee, lessees, 8 * LEASE_SETS, PIN("lessees"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct address, sources, MAX_SOURCES, PIN("sources"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_budget, flow_budgets, 1, PIN("flow_budgets"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_counters, flow_counters, 1, PIN("flow_counters"), 0);
 BPF_TABLE_PINNED("array", __u32, __u32, sweep_position, 1, PIN("sweep_position"), BPF_F_MMAPABLE);

@@ -48,8 +48,12 @@ static __always_inline void sweep_set(void)
 
 	if (!position)
 		return;
-	index = (*position)++ & (FLOW_SETS - 1);
-	set = flow_sets.lookup(&index);
+	index = (*position)++ % (FLOW_SETS + LEASE_SETS);
+	set = index < FLOW_SETS ? flow_sets.lookup(&index) : NULL;
+	if (HAVE_FULL_NAT && !set) {
+		index -= FLOW_SETS;
+		set = lease_sets.lookup(&index);
+	}
 	if (!set)
 		return;
 	for (int i = 0; i < WAYS; i++) {

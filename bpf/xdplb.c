@@ -4,9 +4,9 @@
  *
  * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
  * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
- * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does. The first calls the
- * others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets: it ages the flow cache;
- * `xdplb_explain` sees those that the control plane makes up.
+ * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does; `xdplb_full_nat` is
+ * that forward mode. The first calls the others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets:
+ * it ages the flow cache; `xdplb_explain` sees those that the control plane makes up.
  */
 #include "abi.h"
 #include "maps.h"
@@ -25,46 +25,13 @@
 #include "forward.h"
 #include "nat.h"
 #include "fragment.h"
+#include "watchdog.h"
+#include "lease.h"
 #include "icmp.h"
 #include "answer.h"
+#include "balance.h"
+#include "fullnat.h"
 #include "explain.h"
-
-/* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
-static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
-							 __u32 service_id, __u64 hash, __u32 *id, const bool full)
-{
-	__u32 index = slot_index(service, hash), slot = read_slot(index);
-	struct backend *backend = find_backend(slot, id);
-	__u32 choice = 0;
-	struct flow flow;
-
-	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
-		return backend;
-	flow = flow_of(p, service, service_id, hash);
-	flow.chooses = HAVE_CHOICE && is_to_choose(&flow);
-	if (full && flow.chooses)
-		choice = take_choice(&flow);
-	if (full && choice) {
-		backend = follow_choice(&flow, choice, id);
-		if (backend)
-			return backend;
-		flow.chooses = false;
-	}
-	backend = recall(&flow, slot, index, id);
-	if (HAVE_CHOICE && !backend && *id == CHOICE_OPEN)
-		open_choice(&flow);
-	return backend;
-}
-
-/* The end of a packet that has no backend: not yet, not any more, or not at all. */
-static __always_inline int without_backend(const struct packet *p, const struct service *service, __u32 service_id, __u32 id)
-{
-	if (HAVE_CHOICE && id == CHOICE_OPEN)
-		return continue_at(p->ctx, STAGE_SCHEDULE);
-	if (id == BACKEND_GONE)
-		return answer(p->ctx, ANSWER_REJECT, service_id, 0);
-	return no_backend(p, service, service_id);
-}
 
 /* For a service's address and port: choose a backend, send the packet there. */
 static __always_inline int balance(struct packet *p, __u32 service_id, const bool full)
@@ -74,8 +41,12 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 	__u64 hash;
 	__u32 id;
 
+	if (is_source(service_id))
+		return continue_at(p->ctx, STAGE_FULL_NAT_REPLY);
 	if (!service)
 		return pass();
+	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
+		return continue_at(p->ctx, STAGE_FULL_NAT);
 	hash = hash_flow(service, &p->source, p->ports);
 	backend = find_flow_backend(p, service, service_id, hash, &id, full);
 	if (!backend)
@@ -126,6 +97,8 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	enum parsed parsed;
 	__u32 service;
 
+	if (HAVE_WATCHDOG && !full && control_is_lost())
+		return pass();
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
 		return pass(); /* not IP */
@@ -182,16 +155,34 @@ static __always_inline bool parse_icmp_error(struct packet *p, struct xdp_md *ct
 	return parse_network(p, ctx, true) == PARSED && is_icmp(p) && is_icmp_error(p) && parse_quoted(p, quoted);
 }
 
+/* The service that sent the quoted packet, or the source address of ours; 0 where it is nobody's. */
+static __always_inline __u32 find_quoted(const struct packet *p, const struct quoted *quoted)
+{
+	struct address_entry *to = find_address(&p->destination);
+
+	if (!to || !same_address(&quoted->source, &p->destination))
+		return 0;
+	return find_interval(to->services, port_key(quoted->protocol, quoted->ports & 0xffff));
+}
+
 int xdplb_icmp(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
 	struct quoted quoted = {};
-	struct address_entry *to;
+	struct service *service;
+	__u32 target;
 
 	if (!parse_icmp_error(p, ctx, &quoted))
 		return pass();
-	to = find_address(&p->destination);
-	return to ? icmp_to_backend(p, &quoted, to) : pass();
+	target = find_quoted(p, &quoted);
+	if (is_source(target))
+		return continue_at(ctx, STAGE_FULL_NAT_ICMP_REPLY);
+	service = services.lookup(&target);
+	if (!target || !service)
+		return pass();
+	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
+		return continue_at(ctx, STAGE_FULL_NAT_ICMP);
+	return icmp_to_backend(p, &quoted, service, target);
 }
 
 int xdplb_icmp_reply(struct xdp_md *ctx)
@@ -202,6 +193,42 @@ int xdplb_icmp_reply(struct xdp_md *ctx)
 	if (!HAVE_NAT || !parse_icmp_error(p, ctx, &quoted))
 		return pass();
 	return icmp_to_client(p, &quoted);
+}
+
+int xdplb_full_nat(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 service = HAVE_FULL_NAT ? parse_full_nat(p, ctx) : 0;
+
+	return service ? full_nat_to_backend(p, service) : verdict(XDP_ABORTED);
+}
+
+int xdplb_full_nat_reply(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 target = HAVE_FULL_NAT ? parse_full_nat(p, ctx) : 0;
+
+	return target ? full_nat_to_client(p, target & ~TARGET_SOURCE) : verdict(XDP_ABORTED);
+}
+
+int xdplb_full_nat_icmp(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct quoted quoted = {};
+
+	if (!HAVE_FULL_NAT || !parse_icmp_error(p, ctx, &quoted))
+		return pass();
+	return full_nat_error_to_backend(p, &quoted, find_quoted(p, &quoted));
+}
+
+int xdplb_full_nat_icmp_reply(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct quoted quoted = {};
+
+	if (!HAVE_FULL_NAT || !parse_icmp_error(p, ctx, &quoted))
+		return pass();
+	return full_nat_error_to_client(p, &quoted, find_quoted(p, &quoted) & ~TARGET_SOURCE);
 }
 
 int xdplb_schedule(struct xdp_md *ctx)

@@ -25,6 +25,12 @@ STATE_LAYOUT = 2
 """Of slots, transitions, remembered flows and what counts them. Another version of xdplb takes them over where its
 number is the same; to be raised whenever the meaning of a word changes.
 """
+FIRST_SOURCE_PORT = 1024
+SETS_PER_SOURCE = (65536 - FIRST_SOURCE_PORT) // 8
+MAX_SOURCES = 64
+"""Full NAT: which ports of how many addresses of ours flows get, eight of them a set."""
+TARGET_SOURCE = 1 << 30
+"""In place of a service's id, plus the source address's index: packets to that address are replies."""
 FLOW_WRAPPING = 3072
 """An idle time in ticks at which a flow must be forgotten, before its tick (12 bits) comes round and it looks alive."""
 MAX_BACKEND_IDS = 1 << 17
@@ -38,6 +44,7 @@ class ForwardCode(enum.IntEnum):
     DSR = 2
     IPIP = 3
     GUE = 4
+    FULL_NAT = 5
 
 
 class ServiceFlag(enum.IntFlag):
@@ -49,6 +56,7 @@ class ServiceFlag(enum.IntFlag):
     """`on_remove: reset`: connections of removed backends are reset."""
     BY_CLIENT = 8
     """`affinity: client`: what is remembered is a client, not a flow."""
+    UDP = 16
 
 
 class SchedulerCode(enum.IntEnum):
@@ -76,6 +84,10 @@ class Stage(enum.IntEnum):
     ICMP_REPLY = 2
     ANSWER = 3
     SCHEDULE = 4
+    FULL_NAT = 5
+    FULL_NAT_REPLY = 6
+    FULL_NAT_ICMP = 7
+    FULL_NAT_ICMP_REPLY = 8
 
 
 class FlowState(enum.IntEnum):
@@ -140,6 +152,8 @@ class Features:
     choice: bool = False
     affinity: bool = False
     client_prefix: bool = False
+    full_nat: bool = False
+    watchdog: bool = False
     times: FlowTimes = FlowTimes()
 
 
@@ -155,6 +169,13 @@ class Geometry:
     fragments: int = 8192
     nat_flows: int = 65536
     flow_sets: int = 32768
+    sources4: int = 0
+    sources6: int = 0
+
+    @property
+    def lease_sets(self) -> int:
+        """A map of none is not possible."""
+        return max(1, (self.sources4 + self.sources6) * SETS_PER_SOURCE)
 
 
 def defines(features: Features, geometry: Geometry) -> dict[str, int]:
@@ -173,6 +194,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "HAVE_CHOICE": features.choice,
         "HAVE_AFFINITY": features.affinity,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
+        "HAVE_WATCHDOG": features.watchdog,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,
         "SLOTS": geometry.slots,
@@ -181,6 +203,14 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "FRAGMENTS": geometry.fragments,
         "NAT_FLOWS": geometry.nat_flows,
         "FLOW_SETS": geometry.flow_sets,
+        "HAVE_FULL_NAT": features.full_nat,
+        "SOURCES4": geometry.sources4,
+        "SOURCES6": geometry.sources6,
+        "LEASE_SETS": geometry.lease_sets,
+        "SETS_PER_SOURCE": SETS_PER_SOURCE,
+        "FIRST_SOURCE_PORT": FIRST_SOURCE_PORT,
+        "MAX_SOURCES": MAX_SOURCES,
+        "TARGET_SOURCE": TARGET_SOURCE,
         "FLOW_BUDGET": times.budget,
         "TICK_SHIFT": times.tick_shift,
         "TIMEOUT_OPENING": times.opening,

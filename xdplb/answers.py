@@ -18,7 +18,10 @@ class Rates(TypedDict):
 
 
 class BackendStatus(TypedDict):
-    """`active_flows` is null while nothing counts them; `reachable` is whether a next hop is known."""
+    """`active_flows` is null where not all flows are remembered; `open_flows` are those of `remembered_flows` that have
+    neither ended nor fallen silent; `reachable` is whether a next hop is known; `slow_start` is how much of its
+    weight a backend has that grows into it, 0.05 to 0.95.
+    """
 
     name: str
     address: str
@@ -28,9 +31,12 @@ class BackendStatus(TypedDict):
     weight: int
     effective_weight: int
     active_flows: int | None
+    open_flows: NotRequired[int]
+    remembered_flows: NotRequired[int]
     last_change: str
     backup: NotRequired[bool]
     reachable: NotRequired[bool]
+    slow_start: NotRequired[float]
     check: NotRequired[CheckStatus]
     rates: NotRequired[Rates]
 
@@ -80,16 +86,23 @@ class Change(TypedDict):
 
 
 class ServiceMoves(TypedDict):
+    """`flows_broken` and `flows_on_removed` as of `Diff`, of this service."""
+
     name: str
     slots_moved_percent: float
+    flows_broken: NotRequired[int | None]
+    flows_on_removed: NotRequired[int]
 
 
 class Diff(TypedDict):
-    """`flows_broken` is null while nothing tells."""
+    """`flows_broken`: live ones that lose their backend though it stays; null where some do and nobody knows how many.
+    `flows_on_removed`: live ones, as far as they are remembered, whose backend or service goes.
+    """
 
     changes: list[Change]
     services: list[ServiceMoves]
     flows_broken: int | None
+    flows_on_removed: NotRequired[int]
 
 
 class SlotAnswer(TypedDict):

@@ -51,6 +51,23 @@ _MODE = click.option(
 )
 
 
+def _seconds(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    from xdplb.configvalues import parse_duration
+
+    try:
+        return None if value is None else parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def _waiting(command: _F) -> _F:
+    wait = click.option("--wait", is_flag=True, help="Return when it has no flow left. Ctrl-C ends the waiting alone.")
+    timeout = click.option(
+        "--timeout", "timeout_s", metavar="TIME", callback=_seconds, help="How long to wait at most.  [default: 60s]"
+    )
+    return wait(timeout(command))
+
+
 def _interface(command: _F) -> _F:
     return click.option("--interface", metavar="IFACE", help="Which xdplb, where several run on this host.")(command)
 
@@ -267,18 +284,20 @@ def backend() -> None:
 
 @backend.command()
 @_BACKEND
+@_waiting
 @_interface
-def drain(key: BackendKey, interface: str | None) -> None:
+def drain(key: BackendKey, wait: bool, timeout_s: float | None, interface: str | None) -> None:
     """No new flows; those it has stay."""
-    _steer(interface, "drain", key, "drains: no new flows, those it has stay")
+    _steer_and_wait(interface, "drain", key, "drains: no new flows, those it has stay", wait, timeout_s)
 
 
 @backend.command()
 @_BACKEND
+@_waiting
 @_interface
-def maint(key: BackendKey, interface: str | None) -> None:
+def maint(key: BackendKey, wait: bool, timeout_s: float | None, interface: str | None) -> None:
     """No flows at all."""
-    _steer(interface, "maint", key, "is in maintenance: no flows")
+    _steer_and_wait(interface, "maint", key, "is in maintenance: no flows", wait, timeout_s)
 
 
 @backend.command()
@@ -361,10 +380,27 @@ def _status_if_any(instance: Instance) -> Status | None:
         return None
 
 
-def _steer(interface: str | None, action: str, key: BackendKey, outcome: str, weight: int | None = None) -> None:
+def _steer(
+    interface: str | None, action: str, key: BackendKey, outcome: str, weight: int | None = None
+) -> control.JSON:
     instance = only_instance(interface)
-    control.call(instance, "backend", action=action, service=key.service, backend=key.backend, weight=weight)
+    answer = control.call(instance, "backend", action=action, service=key.service, backend=key.backend, weight=weight)
     click.echo(f"{key} {outcome}")
+    return answer
+
+
+def _steer_and_wait(
+    interface: str | None, action: str, key: BackendKey, outcome: str, wait: bool, timeout_s: float | None
+) -> None:
+    if timeout_s is not None and not wait:
+        raise click.UsageError("--timeout goes with --wait", click.get_current_context())
+    answer = _steer(interface, action, key, outcome)
+    if not wait:
+        return
+    from xdplb import drainwait
+
+    window_s = cast("dict[str, float]", answer)["window_s"]
+    drainwait.wait(only_instance(interface), key, action, window_s, 60.0 if timeout_s is None else timeout_s)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

@@ -13,7 +13,9 @@ from xdplb import config as configuration
 from xdplb import explain, frames
 from xdplb.clock import clock
 from xdplb.control import JSON, Handler, Request
+from xdplb.desired import FULLY_GROWN
 from xdplb.errors import UsageError, XdplbError
+from xdplb.forecast import forecast
 from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
 from xdplb.nexthops import Interface
 
@@ -46,11 +48,12 @@ class Commands:
 
     def _service(self, service: Service) -> JSON:
         remembered = self._daemon.engine.remembered()
-        desired = {backend.config.name: backend for backend in self._daemon.engine.desired(service).backends}
+        desired = self._daemon.engine.desired(service)
         backends: list[JSON] = []
-        for backend in service.backends:
+        for backend, wanted in zip(service.backends, desired.backends, strict=True):
             key = BackendKey(service.name, backend.name)
             health, status = self._daemon.health[key], self._daemon.statuses.get(key)
+            growing: dict[str, JSON] = {"slow_start": status.grown / FULLY_GROWN}
             backends.append(
                 {
                     "name": backend.name,
@@ -59,13 +62,15 @@ class Commands:
                     "admin": status.admin.value,
                     "reason": health.reason,
                     "weight": backend.weight if status.weight is None else status.weight,
-                    "effective_weight": desired[backend.name].weight,
+                    "effective_weight": desired.shown_weight(wanted),
                     "active_flows": self._daemon.engine.active(key),
+                    "open_flows": self._daemon.engine.open(key),
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
                     "reachable": status.way is not None,
                     "check": {"duration_ms": round(1000 * health.duration_s, 3)},
+                    **(growing if status.grown < FULLY_GROWN else {}),
                 }
             )
         return {
@@ -89,11 +94,22 @@ class Commands:
         return difference
 
     def _difference(self, config: Config) -> JSON:
-        moves = self._daemon.engine.moves(config)
+        daemon = self._daemon
+        engine = daemon.engine
+        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, engine.open)
         return {
-            "changes": list(changes(self._daemon.config, config)),
-            "services": [{"name": name, "slots_moved_percent": round(share, 2)} for name, share in moves.items()],
-            "flows_broken": 0,
+            "changes": list(changes(daemon.config, config)),
+            "services": [
+                {
+                    "name": name,
+                    "slots_moved_percent": round(service.slots_moved_percent, 2),
+                    "flows_broken": service.flows_broken,
+                    "flows_on_removed": service.flows_on_removed,
+                }
+                for name, service in told.services.items()
+            ],
+            "flows_broken": told.flows_broken,
+            "flows_on_removed": told.flows_on_removed,
         }
 
     async def _backend(self, request: Request) -> JSON:
@@ -110,9 +126,14 @@ class Commands:
         else:
             raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
         daemon.steering.set(key, backend, status.admin, status.weight)
-        daemon.statuses.set(key, status)
-        daemon.steer(key)
-        return {"service": key.service, "backend": key.backend, "admin": status.admin.value, "weight": status.weight}
+        daemon.steer(key, status.admin, status.weight)
+        return {
+            "service": key.service,
+            "backend": key.backend,
+            "admin": status.admin.value,
+            "weight": status.weight,
+            "window_s": daemon.engine.window_s(key.service),
+        }
 
     async def _explain(self, request: Request) -> JSON:
         flow = explain.parse(str(request.get("source")), str(request.get("destination")))
@@ -157,7 +178,7 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
 
 def changes(old: Config, new: Config) -> Iterator[JSON]:
     """What differs, service by service and backend by backend."""
-    for name in ("tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
+    for name in ("source_pool", "tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
         if getattr(old, name) != getattr(new, name):
             yield {"kind": "change", "what": name, "detail": f"{getattr(old, name)} -> {getattr(new, name)}"}
     for name in ("interfaces", "hash_key"):

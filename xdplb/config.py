@@ -38,6 +38,8 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         rules.weights(draft, report)
         rules.checks(draft, report)
         rules.memory(draft, report)
+        rules.sources(draft, file.source_pool, report)
+    rules.source_pool(file.source_pool, drafts, report)
     report.raise_if_any(hint)
     services = tuple(_service(draft) for draft in drafts)
     return model.Config(
@@ -48,6 +50,7 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         tunnel_source6,
         _flow_cache(file.flow_cache),
         file.on_control_loss,
+        tuple(dict.fromkeys(address for part in file.source_pool for address in part)),
     )
 
 

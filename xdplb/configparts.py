@@ -42,9 +42,11 @@ from xdplb.configvalues import (
     parse_listen,
     parse_name,
     parse_slow_start,
+    parse_sources,
     parse_tunnel_prefix,
 )
 from xdplb.model import (
+    Address,
     Affinity,
     CheckType,
     FlowMemory,
@@ -136,9 +138,7 @@ class LimitsPart(Part):
 class SettingsPart(Part):
     """What a service and `defaults` may both set."""
 
-    forward: Annotated[Forward, PlainValidator(choice("forward mode", Forward, ("full-nat",))), _words(Forward)] = (
-        Forward.NAT
-    )
+    forward: Annotated[Forward, PlainValidator(choice("forward mode", Forward, ())), _words(Forward)] = Forward.NAT
     scheduler: Annotated[
         Scheduler,
         PlainValidator(choice("scheduler", Scheduler, ())),
@@ -223,6 +223,8 @@ class FilePart(Part):
     """Shared by the gateways of one cluster; drawn and kept where none is given."""
     tunnel_source: list[Annotated[Network, PlainValidator(parse_tunnel_prefix), _TEXT_SCHEMA]] = []
     """Prefixes, one for each family, that the outer sources of encapsulated packets are drawn from."""
+    source_pool: list[Annotated[list[Address], PlainValidator(parse_sources), _TEXT_SCHEMA]] = []
+    """Addresses of this host that full-nat sends from: 10.0.0.100, 10.0.0.100-10.0.0.103, or 10.0.1.0/28."""
     flow_cache: FlowCachePart = FlowCachePart()
     on_control_loss: Annotated[
         float | None, PlainValidator(parse_control_loss), _word_or_settings(ControlLoss, after="string")

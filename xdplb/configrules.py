@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network
 
 from xdplb import yamllines
-from xdplb.abi import MAX_BACKENDS
+from xdplb.abi import MAX_BACKENDS, MAX_SOURCES
 from xdplb.configparts import BackendPart
 from xdplb.configread import Draft, Report
 from xdplb.model import Address, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
@@ -74,14 +74,14 @@ def _misfit(backend: BackendPart, listen: Listen, forward: Forward) -> str:
         )
     if port is None:
         return ""
-    if forward is not Forward.NAT:
+    if not forward.translates:
         own = listen.first_port if listen.single_port else "the packet's own"
         return (
             f"forward: {forward} cannot change the port; leave out :{port} (the port stays {own}) or use forward: nat"
         )
     if not listen.single_port:
         return (
-            f"forward: nat keeps each packet's port where a service has several ({listen}), "
+            f"forward: {forward} keeps each packet's port where a service has several ({listen}), "
             f"so that replies name the port they answer for; leave out :{port}"
         )
     return ""
@@ -115,6 +115,33 @@ def memory(draft: Draft, report: Report) -> None:
         report((*draft.path, "flows"), f"scheduler {scheduler} would tear connections that nobody remembers apart")
     elif not scheduler.hashes and settings.affinity is not None:
         report((*draft.path, "flows"), f"affinity: client takes remembering clients where the scheduler is {scheduler}")
+
+
+def sources(draft: Draft, pool: Sequence[Sequence[Address]], report: Report) -> None:
+    version = draft.own.listen.address.version
+    if draft.settings.forward is not Forward.FULL_NAT or "forward" in draft.doubt:
+        return
+    if not any(address.version == version for part in pool for address in part):
+        example = "10.0.0.250" if version == 4 else "fd00::250"
+        report(
+            (*draft.path, "forward"),
+            f"full-nat sends from addresses of this host: write source_pool: ['{example}'] at the top of the file, "
+            f"with a free IPv{version} address of the backends' network",
+        )
+    if draft.settings.flows is FlowMemory.NONE:
+        report((*draft.path, "flows"), "full-nat remembers all flows; leave out flows: none")
+
+
+def source_pool(pool: Sequence[Sequence[Address]], drafts: Sequence[Draft], report: Report) -> None:
+    count = sum(map(len, pool))
+    if count > MAX_SOURCES:
+        report(("source_pool",), f"{count} addresses are too many; {MAX_SOURCES} are possible")
+    taken = {draft.own.listen.address: "a service" for draft in drafts}
+    taken |= {backend.address.address: "a backend" for draft in drafts for _, backend in draft.backends}
+    for index, part in enumerate(pool):
+        for address in part:
+            if address in taken:
+                report(("source_pool", index), f"{address} is already the address of {taken[address]}")
 
 
 def total(drafts: Sequence[Draft], report: Report) -> None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import NamedTuple
 
+from xdplb.abi import MAX_SOURCES
 from xdplb.model import Address, Affinity, Listen, Network, Protocol
 
 Settings = Mapping[str, object]
@@ -197,6 +198,26 @@ def parse_tunnel_prefix(value: object) -> Network:
             f"{network} is too large; an IPv{network.version} prefix of /{shortest} to /{longest} is possible"
         )
     return network
+
+
+def parse_sources(value: object) -> list[Address]:
+    """`10.0.0.100`, `10.0.0.100-10.0.0.103`, or `10.0.1.0/28`, without its both ends; likewise of IPv6."""
+    text = _text(value, "10.0.0.100")
+    first, dash, last = text.partition("-")
+    if dash:
+        ends = _parse_address(first), _parse_address(last)
+        if ends[0].version != ends[1].version or int(ends[0]) > int(ends[1]):
+            raise ValueError(f"{text} is not a range like 10.0.0.100-10.0.0.103")
+        size = int(ends[1]) - int(ends[0]) + 1
+        if size > MAX_SOURCES:
+            raise ValueError(f"{text} has {size} addresses; {MAX_SOURCES} are possible")
+        return [ends[0] + offset for offset in range(size)]
+    if "/" in text:
+        network = _parse_network(text)
+        if network.num_addresses > 2 * MAX_SOURCES:
+            raise ValueError(f"{text} has {network.num_addresses} addresses; {MAX_SOURCES} are possible")
+        return list(network.hosts())
+    return [_parse_address(text)]
 
 
 def parse_name(value: object) -> str:

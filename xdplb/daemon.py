@@ -30,7 +30,7 @@ from xdplb.links import Links
 from xdplb.lock import locked
 from xdplb.logs import log_to_stderr
 from xdplb.manifest import Manifest
-from xdplb.model import AttachMode, BackendKey, Config
+from xdplb.model import Admin, AttachMode, BackendKey, Config
 from xdplb.nexthops import Interface, LinkEvent
 from xdplb.paths import Instance, state_directory
 from xdplb.plan import CapacityExceeded
@@ -43,6 +43,7 @@ STOPPING_S = 10.0
 """How long `down` waits for a daemon that was told to stop."""
 
 SETTLE_EVERY_S = 5.0
+BEAT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,11 @@ class Daemon:
         tx_by_redirect = any(interface.kind == "veth" for interface in self._interfaces)
         self._generations = generations.Generations(instance, generations.hash_key(self.config), tx_by_redirect)
         async with asyncio.TaskGroup() as tasks:
-            tending = [tasks.create_task(self._watch.run()), tasks.create_task(self._settle())]
+            tending = [
+                tasks.create_task(self._watch.run()),
+                tasks.create_task(self._settle()),
+                tasks.create_task(self._beat()),
+            ]
             self._handle_signals(tasks)
             try:
                 if await self._unless_stopped(tasks.create_task(self._start(left))):
@@ -190,7 +195,7 @@ class Daemon:
             self.steering.forget_others(self.config)
             self._save()
             self._gateway.prepare(self.config)
-            await self._attach(self.engine)
+            await self._attach(self.engine, self.config)
             self.leave_running = False
             await self._gateway.add_addresses(self.config)
             await self._gateway.remove_addresses(self.config)
@@ -199,7 +204,8 @@ class Daemon:
             self._save()
             self.serving = True
 
-    async def _attach(self, engine: Engine) -> None:
+    async def _attach(self, engine: Engine, config: Config) -> None:
+        engine.show_alive(config.control_loss_s)
         mode = AttachMode(self.options.mode)
         attachments = await self._gateway.attach(engine.plane.program_fd, mode, self.options.replace)
         for name, attachment in attachments.items():
@@ -240,7 +246,7 @@ class Daemon:
         moved = new.plane.pins != old.plane.pins
         try:
             self._gateway.prepare(config)
-            await self._attach(new)
+            await self._attach(new, config)
         except XdplbError:
             if moved:
                 new.plane.unpin()
@@ -260,7 +266,7 @@ class Daemon:
 
     def _on_change(self, key: BackendKey) -> None:
         """A backend that cannot serve loses its flag now; slots follow when this turn of the event loop is over."""
-        engine: Engine | None = getattr(self, "engine", None)
+        engine = self._engine
         if engine is None:
             return
         if not keeps_flows(self.statuses.get(key)):
@@ -271,6 +277,8 @@ class Daemon:
 
     def _repair(self) -> None:
         dirty, self._dirty = self._dirty, set()
+        if not dirty:
+            return
         for service in dirty & self.statuses.by_service.keys():
             self.engine.apply_service(service)
         self._save()
@@ -286,6 +294,18 @@ class Daemon:
                     self.engine.settle()
                     await asyncio.to_thread(self.engine.sweep)
 
+    async def _beat(self) -> None:
+        """From the event loop, so that one which is stuck counts as lost."""
+        while True:
+            if (engine := self._engine) is not None:
+                engine.show_alive(self.config.control_loss_s)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    @property
+    def _engine(self) -> Engine | None:
+        """None while there is none yet."""
+        return getattr(self, "engine", None)
+
     @property
     def interfaces(self) -> Sequence[Interface]:
         """Those that the program is attached to; the clients' first."""
@@ -299,10 +319,10 @@ class Daemon:
     def statuses(self) -> Statuses:
         return self._watch.statuses
 
-    def steer(self, key: BackendKey) -> None:
-        """Applies an operator's change of `key`'s administrative state or weight."""
-        self.engine.apply_service(key.service)
-        self._save()
+    def steer(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
+        """An operator's change of `key`, done when it returns."""
+        self._watch.steer(key, admin, weight)
+        self._repair()
 
     def _save(self) -> None:
         generations.note(self.notes, self.engine)

@@ -61,10 +61,12 @@ class Dataplane:
         self.addresses = self._structs("addresses")
         self.intervals = self._structs("intervals")
         self.direct_seen: NDArray[np.uint32] = np.frombuffer(self._memory("direct_seen"), np.uint32)[::2]
-        self._half: NDArray[np.uint32] = np.frombuffer(self._memory("directory"), np.uint32)
+        self._directory: NDArray[np.uint32] = np.frombuffer(self._memory("directory"), np.uint32)
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flows.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")
+        self.leases: NDArray[np.uint64] = np.frombuffer(self._memory("lease_sets"), np.uint64)
+        self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
         self._explanations = self._structs("explanations")
 
@@ -76,15 +78,19 @@ class Dataplane:
     @property
     def half(self) -> int:
         """Which half of the address table packets are looked up in."""
-        return int(self._half[0])
+        return int(self._directory[0])
 
     def publish(self, half: int) -> None:
         """Turns packets to that half of the address table, from one packet to the next."""
-        self._half[0] = half
+        self._directory[0] = half
+
+    def trust_until(self, tick: int) -> None:
+        """Up to then the packet path takes the daemon for alive; it asks only with Features.watchdog."""
+        self._directory[1] = tick & 0xFFFFFFFF
 
     def sweep(self) -> None:
         """Has the program that ages the flow cache go through it once."""
-        bpfsys.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets)
+        bpfsys.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.lease_sets)
 
     def fd(self, map_name: str) -> int:
         return int(self._bpf[map_name.encode()].map_fd)

@@ -35,16 +35,21 @@ class Way:
     mtu: int
 
 
+FULLY_GROWN = 20
+"""A backend in slow start has so many twentieths of its weight."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
-    holds.
+    holds; `grown` are the twentieths that it has of either.
     """
 
     health: HealthState = HealthState.UNKNOWN
     admin: Admin = Admin.ACTIVE
     weight: int | None = None
     way: Way | None = None
+    grown: int = FULLY_GROWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,17 @@ class DesiredBackend:
 
 @dataclass(frozen=True, slots=True)
 class DesiredService:
+    """Its backends' weights are `scale` times the configured ones: whole numbers also of those that grow, and the
+    configured ones themselves while nobody does.
+    """
+
     config: Service
     backends: tuple[DesiredBackend, ...]
+    scale: int = 1
+
+    def shown_weight(self, backend: DesiredBackend) -> int:
+        """The effective weight in the configuration's units: 0 only where it takes no new flows."""
+        return -(-backend.weight // self.scale)
 
 
 def configured_weight(backend: Backend, status: BackendStatus) -> int:
@@ -99,12 +113,13 @@ def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str
 def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: frozenset[BackendKey]) -> DesiredService:
     """What the packet path should do for one service."""
     weights = serving(service, statuses)
+    growing = any(statuses[name].grown < FULLY_GROWN for name in weights)
     return DesiredService(
         service,
         tuple(
             DesiredBackend(
                 config=backend,
-                weight=weights.get(backend.name, 0),
+                weight=weights.get(backend.name, 0) * (statuses[backend.name].grown if growing else 1),
                 up=backend.name in weights or keeps_flows(statuses[backend.name]),
                 keeps=keeps_flows_when_down(service, statuses[backend.name]),
                 way=statuses[backend.name].way,
@@ -112,7 +127,25 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
             )
             for backend in service.backends
         ),
+        FULLY_GROWN if growing else 1,
     )
+
+
+def grown(elapsed_s: float, slow_start_s: float) -> int:
+    """How much of its weight a backend has so long after it began to grow: from 1 twentieth to all of them, linearly,
+    in steps of a second or longer.
+    """
+    if elapsed_s >= slow_start_s:
+        return FULLY_GROWN
+    steps = max(1, min(FULLY_GROWN - 1, int(slow_start_s)))
+    return 1 + (FULLY_GROWN - 1) * int(max(elapsed_s, 0.0) * steps / slow_start_s) // steps
+
+
+def takes_new_flows(status: BackendStatus) -> bool:
+    """Whether health and operator let it. One that comes to that again begins its slow start; an interruption of the
+    way there is none.
+    """
+    return status.health is HealthState.UP and status.admin is Admin.ACTIVE
 
 
 def keeps_flows(status: BackendStatus) -> bool:

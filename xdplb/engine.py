@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import flows, maglev
+from xdplb import flows
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, BackendFlag
 from xdplb.bundle import HashKey
 from xdplb.clock import Clock
@@ -27,6 +27,8 @@ from xdplb.writer import MapWriter
 Counters = NDArray[np.uint64]
 
 FLOW_MAPS = ("flow_sets", "loads")
+LEASE_MAPS = ("lease_sets", "lessees")
+"""Of full NAT: of use to a generation with the same source addresses."""
 SHARED_MAPS = (
     "nat_flows",
     "fragments",
@@ -35,6 +37,7 @@ SHARED_MAPS = (
     "flow_counters",
     "loads",
     "turns_taken",
+    *LEASE_MAPS,
     "drop_counters",
     "verdict_counters",
 )
@@ -80,6 +83,10 @@ class Retired:
             known[index] += int(value)
 
 
+def _tunnels(config: Config) -> Tunnels:
+    return Tunnels(config.tunnel_source4, config.tunnel_source6, (*config.sources(4), *config.sources(6)))
+
+
 class Engine:
     """One generation of maps and what should be in them."""
 
@@ -109,7 +116,7 @@ class Engine:
         self.statuses.follow(config)
         self._services: dict[str, Service] = {service.name: service for service in config.services}
         self._shared = shared_backends(config)
-        self._planner = Planner(self.applied, Tunnels(config.tunnel_source4, config.tunnel_source6))
+        self._planner = Planner(self.applied, _tunnels(config))
 
     def desired(self, service: Service) -> DesiredService:
         return desire(service, self.statuses.by_service[service.name], self._shared)
@@ -156,20 +163,6 @@ class Engine:
         self.statuses.set(key, status)
         return True
 
-    def moves(self, config: Config) -> dict[str, float]:
-        """What share of each service's slots would change hands under `config`, in percent. New services have none."""
-        statuses = self.statuses.copy()
-        statuses.follow(config)
-        shared = shared_backends(config)
-        result = {}
-        for service in config.services:
-            known = self.applied.services.get(service.name)
-            if known is None:
-                continue
-            desired = desire(service, statuses.by_service[service.name], shared)
-            result[service.name] = 100 * self._moved(desired, known.table) / len(known.table)
-        return result
-
     def remembered(self) -> dict[BackendKey, int]:
         """Live remembered flows by backend; those that have none are left out."""
         _, flows_, live, _ = self._look()
@@ -179,10 +172,17 @@ class Engine:
 
     def active(self, key: BackendKey) -> int | None:
         """How many flows (with affinity: clients) a backend has; None where not all are remembered."""
+        return self.open(key) if self._services[key.service].remembers_all else None
+
+    def open(self, key: BackendKey) -> int:
+        """How many of the flows that are remembered of a backend have neither ended nor fallen silent."""
         known = self.applied.backends.get(key)
-        if known is None or not self._services[key.service].remembers_all:
-            return None
-        return int(self.plane.loads["active"][known[0]])
+        return int(self.plane.loads["active"][known[0]]) if known else 0
+
+    def window_s(self, service: str) -> float:
+        """How long a flow that nobody remembers may be silent after its slot changed hands."""
+        affinity = self._services[service].affinity
+        return max(self.config.flow_cache.window_s, affinity.timeout_s if affinity else 0.0)
 
     def settle(self) -> int:
         """Takes slots out of transition that need it no longer. Returns how many are still in it."""
@@ -199,6 +199,11 @@ class Engine:
         in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
         tables = ((service.first, len(service.table)) for service in self.applied.services.values())
         return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+
+    def show_alive(self, loss_s: float | None) -> None:
+        """To be called again within `loss_s`, or the packet path passes all packets on; None: it does not care."""
+        if loss_s is not None:
+            self.plane.trust_until(self._clock.tick + self._clock.ticks(loss_s))
 
     def sweep(self) -> None:
         """Lets remembered flows age: who fell silent does not count as active any more, and is forgotten where nothing
@@ -240,16 +245,6 @@ class Engine:
         services = np.where(remembered.backend < len(service_of), service_of[remembered.backend % len(service_of)], 0)
         at_least = plane.services.entries["keep_idle"][services]
         return tick, remembered, remembered.live(plane.features.times, at_least) & (services != 0), services
-
-    def _moved(self, desired: DesiredService, table: NDArray[np.uint32]) -> int:
-        name, listen = desired.config.name, desired.config.listen
-        fresh = max((id_ for id_, _ in self.applied.backends.values()), default=0)
-        members = []
-        for backend in desired.backends:
-            id_, _ = self.applied.backends.get(BackendKey(name, backend.config.name), (0, None))
-            fresh += not id_
-            members.append(maglev.Member(backend.config.label(listen), id_ or fresh, backend.weight))
-        return maglev.moved(table, maglev.repair(table, members))
 
     def _carry_out(self, operations: Iterable[Operation]) -> None:
         for operation in operations:

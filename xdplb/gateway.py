@@ -19,7 +19,7 @@ from xdplb import bpfsys, dataplane, manifest
 from xdplb.errors import ForeignProgram, NotCapable, XdplbError
 from xdplb.links import Attachment, Links
 from xdplb.manifest import Manifest
-from xdplb.model import Address, AttachMode, Config, Forward
+from xdplb.model import Address, AttachMode, Config
 from xdplb.nexthops import Interface
 from xdplb.offloads import disable_receive_aggregation, restore_receive_aggregation
 from xdplb.paths import Instance, instances
@@ -139,7 +139,7 @@ class Gateway:
     def prepare(self, config: Config) -> None:
         """Kernel settings that the configuration needs: NAT has the kernel route what XDP cannot send itself."""
         for version in (4, 6):
-            nat = any(s.forward is Forward.NAT and s.listen.address.version == version for s in config.services)
+            nat = any(s.forward.translates and s.listen.address.version == version for s in config.services)
             if nat:
                 (self._prepare_ipv4 if version == 4 else self._prepare_ipv6)()
 
@@ -179,15 +179,17 @@ class Gateway:
             log.info("set %s=%s, for nat", path.replace("/", "."), value)
 
     async def add_addresses(self, config: Config) -> None:
-        """Gives the host the service addresses that it does not have yet."""
-        client_side = self._interfaces[0]
+        """Gives the host the service addresses, and those that full NAT sends from, that it does not have yet."""
+        client_side, backend_side = self._interfaces[0], self._interfaces[-1]
         present = await self._links.addresses()
-        missing = [address for address in _listened(config) if address not in present]
-        notes = [[client_side.name, str(address)] for address in missing]
+        wanted = [(client_side, address) for address in _listened(config)]
+        wanted += [(backend_side, address) for address in config.sources(4) + config.sources(6)]
+        missing = [(interface, address) for interface, address in wanted if address not in present]
+        notes = [[interface.name, str(address)] for interface, address in missing]
         self._notes.addresses += [note for note in notes if note not in self._notes.addresses]
         self._save()
-        for address in missing:
-            await self._links.add_address(client_side.index, address, present)
+        for interface, address in missing:
+            await self._links.add_address(interface.index, address, present)
 
     async def leave_other_interfaces(self) -> None:
         """Takes our programs off interfaces that an earlier run had and this one does not."""
@@ -200,7 +202,7 @@ class Gateway:
 
     async def remove_addresses(self, config: Config | None) -> None:
         """Takes back those that we gave and that `config` (None: nobody) does not need any more."""
-        wanted = set(map(str, _listened(config))) if config else set()
+        wanted = {str(a) for a in (*_listened(config), *config.sources(4), *config.sources(6))} if config else set()
         for name, address in list(self._notes.addresses):
             if address in wanted:
                 continue

@@ -15,7 +15,7 @@ from xdplb.abi import SLOT_BACKEND, STATE_LAYOUT, Features, Geometry
 from xdplb.bundle import HashKey
 from xdplb.clock import clock
 from xdplb.dataplane import COUNTER_MAPS, Dataplane, ensure_bpffs, open_dataplane, remove_pins
-from xdplb.engine import FLOW_MAPS, SHARED_MAPS, Engine, Retired, Statuses
+from xdplb.engine import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, Engine, Retired, Statuses
 from xdplb.errors import XdplbError
 from xdplb.inheritance import Inheritance, carry_counters
 from xdplb.manifest import Manifest, ServiceRecord
@@ -136,14 +136,16 @@ class Generations:
         """New maps that hold `config` and all that the present ones hold. Nothing is attached yet."""
         old, wanted = engine.plane.geometry, specialise.geometry(config)
         geometry = Geometry(**{name: max(getattr(old, name), getattr(wanted, name)) for name in Geometry.__slots__})
-        geometry = replace(geometry, flow_sets=wanted.flow_sets)
+        geometry = replace(geometry, flow_sets=wanted.flow_sets, sources4=wanted.sources4, sources6=wanted.sources6)
         if geometry == old:
             geometry = replace(old, slots=2 * old.slots, address_buckets=2 * old.address_buckets)
         pins = self.pins(geometry)
         remove_pins(pins)
         ensure_bpffs(pins)
+        same_sources = engine.config.sources(4) + engine.config.sources(6) == config.sources(4) + config.sources(6)
+        left_out = {*(() if geometry.flow_sets == old.flow_sets else FLOW_MAPS), *(() if same_sources else LEASE_MAPS)}
         for name in SHARED_MAPS:
-            if name not in FLOW_MAPS or geometry.flow_sets == old.flow_sets:
+            if name not in left_out:
                 bpfsys.pin(engine.plane.fd(name), pins / name)
         return engine.moved_to(await self._open(self.features(config), geometry))
 

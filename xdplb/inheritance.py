@@ -30,7 +30,8 @@ from xdplb.model import BackendKey
 log = logging.getLogger(__name__)
 
 _COPIED = ("slots", "transitions")
-_NAT_FLOW_KEY = 40
+_SHARED = ("flow_sets", "loads", "nat_flows", "lease_sets", "lessees")
+_NAT_FLOW_KEY, _LESSEE = 40, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Inheritance:
         if notes.layout != STATE_LAYOUT or notes.key != key.name:
             return None
         try:
-            maps = {name: bpfsys.get(Path(notes.pins) / name) for name in (*_COPIED, "flow_sets", "loads", "nat_flows")}
+            maps = {name: bpfsys.get(Path(notes.pins) / name) for name in (*_COPIED, *_SHARED)}
         except OSError as error:
             log.warning("%s: flows cannot be taken over: %s", notes.pins, error.strerror)
             return None
@@ -76,6 +77,8 @@ class Inheritance:
             "flow_sets": MapShape(4, 8 * WAYS, geometry.flow_sets),
             "loads": MapShape(4, 8, MAX_BACKEND_IDS),
             "nat_flows": MapShape(_NAT_FLOW_KEY, 4, geometry.nat_flows),
+            "lease_sets": MapShape(4, 8 * WAYS, geometry.lease_sets),
+            "lessees": MapShape(4, _LESSEE, WAYS * geometry.lease_sets),
         }
         same = {name for name, shape in wanted.items() if shape == self.shapes[name]}
         return same if {"flow_sets", "loads"} <= same else same - {"flow_sets", "loads"}

@@ -22,6 +22,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from xdplb.model import Address, Forward
 
+NO_ROUTES = ["route replace unreachable 0.0.0.0/0", "route replace unreachable ::/0"]
+"""Of backends that know nobody beyond their own segment, as full NAT takes them."""
+
 
 class Shape(enum.StrEnum):
     ONE_ARMED = "one-armed"
@@ -211,11 +214,11 @@ class Topology:
 
     def forward_steps(self, forward: Forward, vips: Iterable[Address]) -> list[Step]:
         """Makes backends, and the gateway as their router, fit for a forward mode; may follow another mode's steps."""
-        nat = forward is Forward.NAT
+        nat = forward.translates
         lines = ["addr flush dev lo scope global"]
         if not nat:
             lines += [f"addr add {vip} dev lo" + (" nodad" if vip.version == 6 else "") for vip in vips]
-        lines += self._return_routes(nat)
+        lines += NO_ROUTES if forward is Forward.FULL_NAT else self._return_routes(nat)
         backends = [Step(name, ip_batch(lines)) for name in self.backend_names]
         # Backends that answer as the VIP and have the gateway as their router send it packets from its own address.
         accept_local = f"echo {int(not nat)} > /proc/sys/net/ipv4/conf/all/accept_local\n"

@@ -31,10 +31,15 @@ class Forward(enum.StrEnum):
     DSR = "dsr"
     IPIP = "ipip"
     GUE = "gue"
+    FULL_NAT = "full-nat"
 
     @property
     def encapsulates(self) -> bool:
         return self in (Forward.IPIP, Forward.GUE)
+
+    @property
+    def translates(self) -> bool:
+        return self in (Forward.NAT, Forward.FULL_NAT)
 
 
 class Scheduler(enum.StrEnum):
@@ -236,6 +241,13 @@ class Config:
     tunnel_source6: IPv6Network | None = None
     flow_cache: FlowCache = FlowCache()
     control_loss_s: float | None = None
+    source_pool: tuple[Address, ...] = ()
+    """This host's addresses that full NAT sends from."""
+
+    def sources(self, version: int) -> tuple[Address, ...]:
+        """Of the pool, those of a family; none where no service sends from them."""
+        used = any(s.forward is Forward.FULL_NAT and s.listen.address.version == version for s in self.services)
+        return tuple(address for address in self.source_pool if used and address.version == version)
 
 
 class BackendKey(tuple[str, str]):

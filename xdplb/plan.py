@@ -19,7 +19,18 @@ from xdplb import abi, maglev, turns
 from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
 from xdplb.desired import DesiredBackend, DesiredService, reply_ports
 from xdplb.endpoints import Claim
-from xdplb.model import Address, Affinity, BackendKey, FlowMemory, Forward, OnAllDown, OnRemove, Scheduler, Service
+from xdplb.model import (
+    Address,
+    Affinity,
+    BackendKey,
+    FlowMemory,
+    Forward,
+    OnAllDown,
+    OnRemove,
+    Protocol,
+    Scheduler,
+    Service,
+)
 
 SlotIds = NDArray[np.uint32]
 _Name = TypeVar("_Name")
@@ -183,10 +194,13 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Tunnels:
-    """The prefixes that outer source addresses are drawn from; None: the gateway's own address."""
+    """The prefixes that outer source addresses are drawn from; None: the gateway's own address. `sources` is what full
+    NAT sends from, IPv4 first.
+    """
 
     ipv4: IPv4Network | None = None
     ipv6: IPv6Network | None = None
+    sources: tuple[Address, ...] = ()
 
 
 class Planner:
@@ -383,7 +397,12 @@ class Planner:
         return prefix.network_address, (1 << min(prefix.max_prefixlen - prefix.prefixlen, 32)) - 1
 
     def _claims(self, services: Iterable[DesiredService]) -> Publish:
-        listening, replying = [], []
+        replying: list[Claim] = []
+        listening = [
+            Claim(address, protocol, abi.FIRST_SOURCE_PORT, 65535, abi.TARGET_SOURCE + index)
+            for index, address in enumerate(self._tunnels.sources)
+            for protocol in Protocol
+        ]
         for service in services:
             listen = service.config.listen
             id_ = self.applied.services[service.config.name].id
@@ -408,6 +427,8 @@ def _service_flags(service: Service) -> ServiceFlag:
         flags |= ServiceFlag.RESET
     if service.affinity is not None:
         flags |= ServiceFlag.BY_CLIENT
+    if service.listen.protocol is Protocol.UDP:
+        flags |= ServiceFlag.UDP
     return flags
 
 

@@ -36,7 +36,9 @@ def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) 
         tx_by_redirect=tx_by_redirect,
         choice=any(not service.scheduler.hashes for service in config.services),
         affinity=any(service.affinity is not None for service in config.services),
+        full_nat=Forward.FULL_NAT in modes,
         client_prefix=any(_has_prefix(service) for service in config.services),
+        watchdog=config.control_loss_s is not None,
         times=times,
     )
 
@@ -58,13 +60,17 @@ def geometry(config: Config) -> Geometry:
     slots = sum(map(_slots, config.services))
     addresses = {service.listen.address for service in config.services}
     addresses |= {b.address for s in config.services if s.forward is Forward.NAT for b in s.backends}
+    sources4, sources6 = config.sources(4), config.sources(6)
+    addresses |= {*sources4, *sources6}
     return Geometry(
         services=2 * abi.MAX_SERVICES,
         backends=max(_power_of_two(2 * backends), _MIN_BACKENDS),
         slots=min(max(_power_of_two(2 * slots), _MIN_SLOTS), _MAX_SLOTS),
         address_buckets=address_buckets_for(2 * len(addresses)),
-        intervals=intervals_for(2 * (len(config.services) + backends)),
+        intervals=intervals_for(2 * (len(config.services) + backends + 2 * len(config.source_pool))),
         flow_sets=_power_of_two(config.flow_cache.capacity // flows.WAYS),
+        sources4=len(sources4),
+        sources6=len(sources6),
     )
 
 
@@ -80,6 +86,7 @@ def fits(config: Config, current: Geometry) -> bool:
         and needed.address_buckets <= current.address_buckets
         and needed.intervals <= current.intervals
         and needed.flow_sets == current.flow_sets
+        and (needed.sources4, needed.sources6) == (current.sources4, current.sources6)
     )
 
 

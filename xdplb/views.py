@@ -113,6 +113,8 @@ def _why(backend: BackendStatus) -> Text:
     parts = [Text(f"{reason}: {words}", WARNING) if words else Text(reason)]
     if not backend.get("reachable", True):
         parts.append(Text("NO NEXT HOP", ALARM))
+    if (share := backend.get("slow_start")) is not None:
+        parts.append(Text(f"slow start: at {100 * share:.0f} % of its weight", WARNING))
     if backend.get("backup", False):
         parts.append(Text("backup", QUIET))
     return Text(", ").join(parts)
@@ -165,15 +167,35 @@ def diff(answer: Diff, done: bool = False) -> RenderableType:
         for service in answer["services"]
         if service["slots_moved_percent"]
     ]
-    return Group(table, Text(), *moved, *_broken(answer["flows_broken"], done))
+    return Group(table, Text(), *moved, *_on_removed(answer, done), *_broken(answer, done))
 
 
-def _broken(flows: int | None, done: bool) -> list[Text]:
-    if flows is None:
+def _on_removed(answer: Diff, done: bool) -> list[Text]:
+    """Also where there are none, if something goes: flows that are not remembered are not among them."""
+    flows = answer.get("flows_on_removed")
+    if flows is None or (not flows and all(change["kind"] != "remove" for change in answer["changes"])):
         return []
-    subject = "no flow" if not flows else "1 flow" if flows == 1 else f"{flows} flows"
-    verb = "broke" if done else "break" if flows > 1 else "breaks"
-    return [Text(f"{subject} {verb}", ALARM if flows else FINE)]
+    verb = ("were" if flows > 1 else "was") if done else ("are" if flows > 1 else "is")
+    return [
+        Text(
+            f"{_count(flows, 'remembered flow')} {verb} on backends that {'are gone' if done else 'go'}",
+            ALARM if flows else "",
+        )
+    ]
+
+
+def _broken(answer: Diff, done: bool) -> list[Text]:
+    flows, verb = answer["flows_broken"], "broke" if done else "break"
+    if flows is None:
+        unsure = [service["name"] for service in answer["services"] if service.get("flows_broken", 0) is None]
+        return [Text(f"{name}: flows {verb}, nobody knows how many", ALARM) for name in unsure]
+    other = "other " if answer.get("flows_on_removed", 0) else ""
+    verb = verb if done or flows > 1 else "breaks"
+    return [Text(f"{_count(flows, f'{other}flow')} {verb}", ALARM if flows else FINE)]
+
+
+def _count(number: int, what: str) -> str:
+    return f"no {what}" if not number else f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def top(previous: Stats, current: Stats, elapsed_s: float, health: Status | None) -> RenderableType:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from xdplb import health
 from xdplb.desired import BackendStatus, Way
 from xdplb.engine import Statuses
+from xdplb.growth import Growth
 from xdplb.health import CheckResult, Health
 from xdplb.links import Links
 from xdplb.manifest import Manifest
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FIRST_VERDICTS_S = 5.0
 """How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
+
+GROWTH_EVERY_S = 1.0
 
 Targets = dict[BackendKey, Target]
 
@@ -51,17 +54,21 @@ class Watch:
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._lost: set[Address] = set()
         self._news = asyncio.Event()
+        self._growth = Growth()
 
     async def run(self) -> None:
         """Checks and follows until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watcher.run())
             tasks.create_task(self._prober.run())
+            tasks.create_task(self._grow())
 
     def follow(self, config: Config, left: Manifest | None = None) -> None:
         """Exactly the backends of `config` from now on. `left`: what an earlier daemon knew of their health."""
         self.statuses.follow(config)
         self._watch(targets(config))
+        members = None if left is None else {name: service.backends for name, service in left.services.items()}
+        joining = self._growth.follow(config, members)
         for key in self.health.keys() - self._targets.keys():
             del self.health[key]
         steers = self._steering.held(config)
@@ -73,7 +80,13 @@ class Watch:
             way = _way(self._watcher.records.get(target.address))
             steer = steers.get(key)
             admin, weight = (steer.admin, steer.weight) if steer else (Admin.ACTIVE, None)
-            self.statuses.set(key, BackendStatus(known.state, admin, weight, way))
+            before = BackendStatus() if key in joining else self.statuses.get(key)
+            status = BackendStatus(known.state, admin, weight, way)
+            self.statuses.set(key, self._growth.step(key, before, status, time.monotonic()))
+
+    def steer(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
+        """An operator's word; `weight` is None where the file's holds."""
+        self._change(key, lambda status: replace(status, admin=admin, weight=weight))
 
     async def look_ahead(self, config: Config) -> dict[BackendKey, Health]:
         """Watches the backends of `config` beside those watched already, until there is a verdict on each.
@@ -148,11 +161,17 @@ class Watch:
         self._lost.add(address)
         self._prober.burst(address)
 
+    async def _grow(self) -> None:
+        while True:
+            await asyncio.sleep(GROWTH_EVERY_S)
+            for key in self._growth.growing:
+                self._change(key, lambda status: status)
+
     def _change(self, key: BackendKey, change: Callable[[BackendStatus], BackendStatus]) -> None:
         known = self.statuses.by_service.get(key.service, {}).get(key.backend)
         if known is None:
             return  # looked ahead at: not configured yet
-        status = change(known)
+        status = self._growth.step(key, known, change(known), time.monotonic())
         if status != known:
             self.statuses.set(key, status)
             self._on_change(key)

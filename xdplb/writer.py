@@ -7,7 +7,7 @@ from ipaddress import IPv6Address
 import numpy as np
 
 from xdplb import endpoints, flows
-from xdplb.abi import BACKEND_GONE, SLOT_IN_TRANSITION, BackendFlag, ServiceFlag
+from xdplb.abi import BACKEND_GONE, SLOT_IN_TRANSITION, TARGET_SOURCE, BackendFlag, ServiceFlag
 from xdplb.bundle import HashKey
 from xdplb.clock import Clock
 from xdplb.codec import Value, network_order
@@ -88,6 +88,8 @@ class MapWriter:
         plane.loads["weight"][backend] = 0
         plane.backends.write(backend, bytes(plane.backends.codec.size))
         plane.direct_seen[backend] = 0
+        leases = plane.leases
+        leases[(leases != 0) & (flows.backends(leases) == backend)] = 0
         for index in np.flatnonzero(flows.backends(words) == backend):
             words[index] = flows.orphaned(words[index]) if tells else 0
         previous = plane.transitions["previous"]
@@ -131,6 +133,9 @@ class MapWriter:
     def _publish(self, publish: Publish) -> None:
         """Fills that half, then turns the packets to it."""
         plane, tables = self._plane, self.build(publish)
+        for claim in publish.services:
+            if claim.target & TARGET_SOURCE:
+                plane.sources[claim.target & ~TARGET_SOURCE] = np.array([address_words(claim.address)], np.uint64)
         half, buckets, intervals = 1 - plane.half, plane.geometry.address_buckets, plane.geometry.intervals
         plane.intervals[half * intervals :][: len(tables.intervals)] = tables.intervals
         plane.addresses[half * buckets :][:buckets] = tables.buckets

@@ -26,6 +26,7 @@ FEATURES = {
     "ipip 6in6": "ipv6 ipip outer_ipv6",
     "gue of both families in both": "ipv4 ipv6 gue outer_ipv4 outer_ipv6",
     "nat and ipip": "ipv4 ipv6 nat ipip outer_ipv4",
+    "nat and dsr, with a watchdog": "ipv4 ipv6 nat dsr watchdog",
     "schedulers that choose": "ipv4 ipv6 nat ipip outer_ipv4 choice",
     "everything, sending by redirect": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 tx_by_redirect",
     "everything, and choosing": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 choice affinity client_prefix",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -80,6 +81,43 @@ def test_only_the_connections_of_a_backend_that_is_taken_out_end(lab: Laboratory
         assert kept == crowd.owners
         balancer.cli("backend", "ready", "web/backend1")
         assert {c: c.ask() for c in crowd.owners} == crowd.owners
+
+
+@pytest.mark.parametrize("scheduler", ["maglev", "lc"])
+def test_drain_waits_for_the_last_connection_to_end(lab: Laboratory, scheduler: str) -> None:
+    with balancing(lab, {**web(lab, 4), "scheduler": scheduler}) as balancer:
+        with ExitStack() as stack:
+            crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
+            key, count = "web/backend1", crowd.on("backend1")
+            balancer.cli("backend", "drain", key)
+            crowd.unchanged(silent_too=True)
+            late = balancer.cli("backend", "drain", key, "--wait", "--timeout", "1500ms", check=False)
+            assert late.returncode == 1 and f"{key} still has {count} flows after 1.5 s" in late.stderr
+            assert late.stdout.splitlines()[1:] == [f"{key}: {count} flows left"]
+        done = balancer.cli("backend", "drain", key, "--wait")
+        assert done.stdout.splitlines()[-1 if scheduler == "lc" else -2] == f"{key}: no flow left"
+        assert ("silent" in done.stdout) is (scheduler == "maglev")
+        balancer.cli("backend", "ready", key)
+
+
+def test_diff_counts_the_flows_on_what_goes(lab: Laboratory) -> None:
+    def lost(new: dict[str, Any]) -> tuple[int, int | None]:
+        balancer.write(new)
+        told = json.loads(balancer.cli("diff", str(balancer.file), "-o", "json", check=False).stdout)
+        (of_web,) = told["services"]
+        assert all(of_web[field] == told[field] for field in ("flows_on_removed", "flows_broken"))
+        return told["flows_on_removed"], told["flows_broken"]
+
+    remembers = {**web(lab, 4), "flows": "all"}
+    with balancing(lab, remembers) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab.client, VIP[4], CONNECTIONS, stack)
+        fewer = {**remembers, "backends": remembers["backends"][1:]}
+        assert lost(fewer) == (crowd.on("backend1"), 0)
+        moved = [{**remembers["backends"][0], "address": "10.0.0.99"}, *remembers["backends"][1:]]
+        assert lost({**remembers, "backends": moved}) == (crowd.on("backend1"), 0)
+        assert lost({**fewer, "scheduler": "source-hash"}) == (crowd.on("backend1"), None)
+        said = balancer.reload(fewer)
+        assert said["flows_on_removed"] == crowd.on("backend1") and said["flows_broken"] == 0
 
 
 def test_maps_that_grow_take_all_connections_along(lab: Laboratory) -> None:

@@ -111,6 +111,41 @@ def test_killed_daemon_packets_flow_on_and_the_next_one_takes_over(lab: Laborato
         assert connection.ask() == served_by
 
 
+def refused(lab: Laboratory) -> bool:
+    """Whether the gateway's own kernel answers, where nobody listens: not yet for one that it resets half-way."""
+    try:
+        fetch(lab.client, VIP[4], 80)
+    except ConnectionError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return False
+
+
+def test_on_control_loss_pass_leaves_packets_to_the_kernel_until_a_daemon_is_back(
+    lab: Laboratory, balancer: Balancer
+) -> None:
+    balancer.write(web(lab), on_control_loss={"pass": {"after": "3s"}})
+    balancer.up()
+    with traffic(lab.client, URL) as load:
+        continues(load, requests=1000)  # 5 s
+
+    balancer.process.send_signal(signal.SIGSTOP)  # as one whose event loop is stuck
+    assert not refused(lab)
+    await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
+    balancer.process.send_signal(signal.SIGCONT)
+    await_until(lambda: not refused(lab), "it is trusted again")
+
+    balancer.kill()
+    assert not refused(lab)
+    await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
+    balancer.up()
+    assert fetch_many(lab.client, VIP[4]) == {host.name for host in lab.backends}
+
+    balancer.reload(web(lab))
+    balancer.kill()
+    with traffic(lab.client, URL) as load:
+        continues(load, requests=1000)  # 5 s
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_without_a_trace(two_arms: Laboratory, number: signal.Signals) -> None:
     two_arms.gateway.shell(FRESH_HOST)

@@ -160,7 +160,8 @@ def test_help_offers_what_there_is_and_nothing_else(run: Run) -> None:
      "backend drain web", "backend drain /a", "backend drain web/", "backend weight web/a", "backend weight web/a -1",
      "backend weight web/a heavy", "backend weight web/a 65536", "top -n 0", "flows --limit -1",
      "flows web", "explain", "explain 198.51.100.7:40000", "decap", "decap eth0 --port 0",
-     "status --interface a/b", "backend drain web/a --wait", "doctor eth0"],
+     "status --interface a/b", "backend ready web/a --wait", "backend drain web/a --timeout 9s",
+     "backend maint web/a --wait --timeout 9", "doctor eth0"],
 )  # fmt: skip
 def test_a_command_line_without_sense_exits_with_2(run: Run, file: Path, line: str) -> None:
     said = run(*line.replace("FILE", str(file)).split())

@@ -215,6 +215,43 @@ def test_no_memory_where_one_is_needed(settings: str, mistake: str) -> None:
     assert mistakes(service(f"flows: none\n{settings}")) == [f"FILE:5: services[0].flows: {mistake}"]
 
 
+@pytest.mark.parametrize(
+    ("pool", "addresses"),
+    [
+        ("[10.0.0.250]", ["10.0.0.250"]),
+        ("[10.0.0.100-10.0.0.102, 'fd00::1']", ["10.0.0.100", "10.0.0.101", "10.0.0.102", "fd00::1"]),
+        ("[10.0.1.0/30, 10.0.1.2]", ["10.0.1.1", "10.0.1.2"]),
+        ("['fd00::1-fd00::2']", ["fd00::1", "fd00::2"]),
+    ],
+)
+def test_addresses_that_full_nat_sends_from(pool: str, addresses: list[str]) -> None:
+    assert config.parse(f"source_pool: {pool}\n{service()}", "FILE").source_pool == tuple(map(ip_address, addresses))
+
+
+def test_full_nat_without_a_source_pool() -> None:
+    assert mistakes(service("forward: full-nat")) == [
+        "FILE:5: services[0].forward: full-nat sends from addresses of this host: write source_pool: ['10.0.0.250'] at "
+        "the top of the file, with a free IPv4 address of the backends' network"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pool", "mistake"),
+    [
+        ("[10.0.0.0/16]", "[0]: 10.0.0.0/16 has 65536 addresses; 64 are possible"),
+        ("[10.0.0.1-10.0.0.99]", "[0]: 10.0.0.1-10.0.0.99 has 99 addresses; 64 are possible"),
+        ("[10.0.0.9-10.0.0.1]", "[0]: 10.0.0.9-10.0.0.1 is not a range like 10.0.0.100-10.0.0.103"),
+        ("[10.0.0.1-fd00::1]", "[0]: 10.0.0.1-fd00::1 is not a range like 10.0.0.100-10.0.0.103"),
+        ("[10.0.0.11]", "[0]: 10.0.0.11 is already the address of a backend"),
+        ("[203.0.113.10]", "[0]: 203.0.113.10 is already the address of a service"),
+        ("[10.1.0.1-10.1.0.40, 10.2.0.1-10.2.0.40]", ": 80 addresses are too many; 64 are possible"),
+        ("[eth0]", "[0]: eth0 is a name; only IP addresses are taken, names are not looked up"),
+    ],
+)
+def test_mistakes_in_the_source_pool(pool: str, mistake: str) -> None:
+    assert mistakes(f"source_pool: {pool}\n{service()}") == [f"FILE:1: source_pool{mistake}"]
+
+
 def test_affinity_and_control_loss_take_settings() -> None:
     assert only(service("affinity: client")).affinity == Affinity(32, 128, 300.0)
     affinity = only(service("affinity: {client: {prefix4: 24, prefix6: 56, timeout: 10m}}")).affinity
@@ -238,10 +275,6 @@ SETTING_MISTAKES = [
     (
         "scheduler: 3",
         "services[0].scheduler: 3 is not a scheduler; available: maglev, source-hash, rr, wrr, lc, wlc, p2c",
-    ),
-    (
-        "forward: full-nat",
-        "services[0].forward: forward mode 'full-nat' is not available yet; available: nat, dsr, ipip, gue",
     ),
     ("affinity: clinet", "services[0].affinity: clinet is not an affinity, did you mean 'client'?"),
     (

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdplb.desired import (
+    FULLY_GROWN,
     BackendStatus,
     DesiredBackend,
     Way,
     configured_weight,
     desire,
+    grown,
     reply_ports,
     serving,
     shared_backends,
@@ -230,6 +232,48 @@ def test_up_always_has_a_way_and_whoever_gets_new_flows_is_up(data: st.DataObjec
         assert one.up or not one.weight
         assert not one.up or (one.way is not None and status.admin is not Admin.MAINT)
         assert not (one.up and not one.weight) or status.health is HealthState.UP
+
+
+class TestSlowStart:
+    pool = service([backend("a", 4), backend("b"), backend("spare", 3, backup=True)])
+
+    def weights(self, **statuses: BackendStatus) -> tuple[list[int], int, list[int]]:
+        """What the planner gets, in which scale, and what people see."""
+        desired = desire(self.pool, {"a": UP, "b": UP, "spare": UP} | statuses, NONE)
+        shown = [desired.shown_weight(backend) for backend in desired.backends]
+        return [backend.weight for backend in desired.backends], desired.scale, shown
+
+    def test_weights_are_the_configured_ones_while_nobody_grows(self) -> None:
+        assert self.weights() == ([4, 1, 0], 1, [4, 1, 0])
+
+    def test_a_twentieth_of_weight_1_is_a_weight(self) -> None:
+        assert self.weights(b=replace(UP, grown=1)) == ([80, 1, 0], 20, [4, 1, 0])
+        assert self.weights(a=replace(UP, grown=7)) == ([28, 20, 0], 20, [2, 1, 0])
+
+    def test_it_is_the_operators_weight_that_is_grown_into(self) -> None:
+        assert self.weights(a=replace(UP, grown=5, weight=8)) == ([40, 20, 0], 20, [2, 1, 0])
+        assert self.weights(a=replace(UP, grown=5, weight=0)) == ([0, 1, 0], 1, [0, 1, 0])
+
+    def test_whoever_gets_no_new_flows_concerns_nobody(self) -> None:
+        assert self.weights(spare=replace(UP, grown=1)) == ([4, 1, 0], 1, [4, 1, 0])
+        assert self.weights(b=replace(DOWN, grown=1)) == ([4, 0, 0], 1, [4, 0, 0])
+
+    def test_a_backup_takes_all_that_a_growing_primary_does_not_serve(self) -> None:
+        assert self.weights(a=DOWN, b=DOWN, spare=replace(UP, grown=2)) == ([0, 0, 6], 20, [0, 0, 1])
+        assert self.weights(a=DOWN, b=replace(UP, grown=2)) == ([0, 2, 0], 20, [0, 1, 0])
+
+    @given(st.floats(0.01, 3600), st.floats(0, 1))
+    def test_it_is_linear_from_a_twentieth_to_all_in_steps_of_a_second_or_more(self, whole: float, part: float) -> None:
+        has = grown(part * whole, whole)
+        steps = max(1, min(FULLY_GROWN - 1, int(whole)))
+        assert 1 <= has <= FULLY_GROWN
+        assert abs(has - (1 + 19 * part)) <= 19 / steps + 1
+        assert len({grown(whole * n / 200, whole) for n in range(200)}) == steps
+        assert grown(whole, whole) == FULLY_GROWN
+        assert grown(part * whole / 2, whole) <= has
+
+    def test_none_is_none(self) -> None:
+        assert grown(0, 0) == FULLY_GROWN
 
 
 ports = st.one_of(

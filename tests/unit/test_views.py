@@ -112,6 +112,12 @@ def test_a_backend_without_a_next_hop_takes_no_packets_and_stands_out() -> None:
     assert lines[3].endswith("  L7OK/200, backup")
 
 
+def test_one_that_grows_into_its_weight_says_so() -> None:
+    answer = a_status(a_backend("a", effective_weight=4, slow_start=0.35))
+    (line,) = rendered(views.status(answer, NOW)).splitlines()[2:]
+    assert "  4/10  " in line and line.endswith("  L7OK/200, slow start: at 35 % of its weight")
+
+
 def test_names_are_text_and_never_markup() -> None:
     answer = a_status(a_backend("a:warning:", address="[fd00::1]:80", reason="[bold]"))
     assert rendered(views.status(answer, NOW)).splitlines()[2].split() == [
@@ -211,6 +217,31 @@ def test_a_reload_says_what_has_changed() -> None:
 
 def test_where_nothing_tells_which_flows_break_nothing_is_claimed() -> None:
     assert "flow" not in rendered(views.diff(a_diff() | {"flows_broken": None}))
+
+
+def test_where_some_break_and_nobody_knows_how_many_it_is_said_of_which_service() -> None:
+    answer = a_diff() | {"flows_broken": None}
+    answer["services"][0]["flows_broken"], answer["services"][1]["flows_broken"] = None, 0
+    assert rendered(views.diff(answer)).splitlines()[-1] == "web: flows break, nobody knows how many"
+    assert rendered(views.diff(answer, done=True)).splitlines()[-1] == "web: flows broke, nobody knows how many"
+
+
+@pytest.mark.parametrize(
+    ("flows", "done", "words"),
+    [
+        (0, False, "no remembered flow is on backends that go"),
+        (1, False, "1 remembered flow is on backends that go"),
+        (48, False, "48 remembered flows are on backends that go"),
+        (48, True, "48 remembered flows were on backends that are gone"),
+    ],
+)
+def test_flows_on_what_goes_are_counted_apart(flows: int, done: bool, words: str) -> None:
+    answer = a_diff() | {"flows_on_removed": flows}
+    said, rest = rendered(views.diff(answer, done)).splitlines()[-2:]
+    assert said == words
+    assert ("other" in rest) is bool(flows)
+    answer["changes"] = answer["changes"][:2]
+    assert (words in rendered(views.diff(answer, done))) is bool(flows), "a backend may have got another address"
 
 
 @pytest.mark.parametrize(

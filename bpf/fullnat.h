@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Full NAT: the backend sees a connection from an address and a port of this host (lease.h), and so answers to us whatever its
+ * routes are. Both ways, and the ICMP errors about either.
+ */
+#ifndef XDPLB_FULLNAT_H
+#define XDPLB_FULLNAT_H
+
+#include "balance.h"
+#include "forward.h"
+#include "icmp.h"
+#include "lease.h"
+#include "lookup.h"
+#include "nat.h"
+
+static __always_inline int send_to(struct xdp_md *ctx, const struct backend *backend)
+{
+	return address_frame(ctx, backend) ? send(ctx, backend->ifindex) : verdict(XDP_ABORTED);
+}
+
+/* To a service: source and destination become ours and the backend's. */
+static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_id)
+{
+	struct service *service = services.lookup(&service_id);
+	struct applicant applied;
+	struct backend *backend;
+	struct address source;
+	struct flow flow;
+	__u32 id, place;
+	__be16 port;
+	__u64 hash;
+	int action;
+
+	if (!service)
+		return pass();
+	hash = hash_flow(service, &p->source, p->ports);
+	if (!find_flow_backend(p, service, service_id, hash, &id, true))
+		return without_backend(p, service, service_id, id);
+	flow = flow_of(p, service, service_id, hash);
+	applied = applicant(&flow, &p->source, p->ports, p->version);
+	place = hold_lease(&applied, &id);
+	backend = backends.lookup(&id);
+	if (place == NO_PLACE || !backend || !source_of(place, &source, &port))
+		return drop(service_id, REASON(ports_exhausted));
+	if (!admit_with(p, backend, id, 0, &action))
+		return action;
+	translate(p, &source, port, true);
+	translate(p, &backend->address, backend->port, false);
+	return send_to(p->ctx, backend);
+}
+
+/* To one of our source addresses; what answers no flow of ours is the host's own. */
+static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
+{
+	struct bpf_fib_lookup fib = {};
+	struct reply_to to = {};
+
+	if (!find_reply_to(source, destination_port(p), &p->source, source_port(p), p->protocol, &to) || hops_used_up(p))
+		return pass();
+	if (p->tcp_flags & (TCP_FIN | TCP_RST))
+		replace_flow(to.word, *to.word, *to.word | FLOW_CLOSING);
+	count_reply(to.id, p->length);
+	translate(p, &to.lessee->client, to.lessee->ports & 0xffff, false);
+	translate(p, &to.service->address, to.backend->port ? to.service->port : 0, true);
+	p->destination = to.lessee->client;
+	if (find_route(p, &to.service->address, &fib) != ROUTE_SEND)
+		return pass(); /* translated: the kernel finds the neighbour, or says why not */
+	take_hop(p);
+	return send_route(p->ctx, &fib);
+}
+
+/* A packet that the first program saw already; what it leads to, a service or one of our source addresses. 0: nothing. */
+static __always_inline __u32 parse_full_nat(struct packet *p, struct xdp_md *ctx)
+{
+	struct address_entry *to;
+
+	if (parse_network(p, ctx, true) != PARSED || p->fragment == LATER_FRAGMENT || parse_transport(p, true) != PARSED)
+		return 0;
+	to = find_address(&p->destination);
+	return to ? find_interval(to->services, port_key(p->protocol, destination_port(p))) : 0;
+}
+
+/* An error that came to a service's address, about a reply on its way to the client. */
+static __always_inline int full_nat_error_to_backend(struct packet *p, struct quoted *q, __u32 service_id)
+{
+	struct service *service = services.lookup(&service_id);
+	struct flow flow = { .service = service, .service_id = service_id, .tick = current_tick() };
+	struct applicant applied = applicant(&flow, &q->destination, q->ports >> 16 | q->ports << 16, p->version);
+	__u32 place = find_lease(&applied), id;
+	__u64 *word = place == NO_PLACE ? NULL : lease(place), sum;
+	struct backend *backend;
+	struct address source;
+	__be16 port;
+	int action;
+
+	if (!word || !source_of(place, &source, &port))
+		return pass();
+	id = FLOW_BACKEND(*word);
+	backend = backends.lookup(&id);
+	if (!backend || backend->service != service_id)
+		return pass();
+	if (!admit_with(p, backend, id, 0, &action))
+		return action;
+	sum = translate_quoted(p, q, &backend->address, backend->port, true);
+	sum += translate_quoted(p, q, &source, port, false);
+	sum += replace_outer(p, &backend->address, false);
+	patch_icmp(p, sum);
+	return send_to(p->ctx, backend);
+}
+
+/* An error that came to one of our source addresses, about a client's packet on its way to a backend. */
+static __always_inline int full_nat_error_to_client(struct packet *p, struct quoted *q, __u32 source)
+{
+	struct bpf_fib_lookup fib = {};
+	struct reply_to about = {};
+	bool from_backend;
+	__u64 sum;
+
+	if (!find_reply_to(source, q->ports & 0xffff, &q->destination, q->ports >> 16, q->protocol, &about) || hops_used_up(p))
+		return pass();
+	from_backend = same_address(&p->source, &q->destination);
+	count_reply(about.id, p->length);
+	sum = translate_quoted(p, q, &about.lessee->client, about.lessee->ports & 0xffff, true);
+	sum += translate_quoted(p, q, &about.service->address, about.backend->port ? about.service->port : 0, false);
+	sum += replace_outer(p, &about.lessee->client, false);
+	if (from_backend)
+		sum += replace_outer(p, &about.service->address, true);
+	patch_icmp(p, sum);
+	p->destination = about.lessee->client;
+	if (find_route(p, from_backend ? &about.service->address : &p->source, &fib) != ROUTE_SEND)
+		return pass();
+	take_hop(p);
+	return send_route(p->ctx, &fib);
+}
+
+#endif

@@ -1,0 +1,293 @@
+"""Full NAT, packet by packet: places that are ports, both directions, errors about either, and nothing left to give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+
+import numpy as np
+import pytest
+import reference
+from packets import (
+    BACKEND_MAC,
+    CLIENT,
+    CLIENT_MAC,
+    ERRORS,
+    FRONT_MAC,
+    ROUTER,
+    TRANSPORTS,
+    Flow,
+    Verdict,
+    fragments,
+    frame,
+    icmp,
+    quotation,
+    raw,
+    tcp,
+    udp,
+)
+from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+from world import FEATURES, GEOMETRY, KEY, MTU, PIN_ROOT, World
+
+from xdplb import bpfsys, dataplane, specialise
+from xdplb.abi import FIRST_SOURCE_PORT, FlowState
+from xdplb.clock import clock
+from xdplb.dataplane import Dataplane
+from xdplb.desired import BackendStatus, Way
+from xdplb.engine import Engine, Retired, Statuses
+from xdplb.model import (
+    Admin,
+    Backend,
+    BackendKey,
+    Check,
+    CheckType,
+    Config,
+    Forward,
+    HealthState,
+    Listen,
+    Protocol,
+    Scheduler,
+    Service,
+)
+from xdplb.plan import Applied
+
+VIP = {4: "203.0.113.80", 6: "2001:db8:a::80"}
+SOURCE = {4: "10.0.1.200", 6: "fd00:1::c8"}
+BACKENDS = {4: ("10.0.1.1", "10.0.1.2"), 6: ("fd00:1::1", "fd00:1::2")}
+PORT = {"tcp": 80, "udp": 53}
+BACKEND_PORT = {"tcp": 8080, "udp": 5353}
+PLACES = 65536 - FIRST_SOURCE_PORT
+
+
+def service(version: int, protocol: str) -> Service:
+    backends = tuple(
+        Backend(f"b{n}", ip_address(address), BACKEND_PORT[protocol]) for n, address in enumerate(BACKENDS[version])
+    )
+    listen = Listen(ip_address(VIP[version]), PORT[protocol], PORT[protocol], Protocol(protocol))
+    name = f"{protocol}{version}"
+    return Service(name, listen, Forward.FULL_NAT, Scheduler.MAGLEV, Check(CheckType.NONE), backends)
+
+
+class Gateway:
+    """One engine with the services of both protocols and families, and packets sent through its program."""
+
+    def __init__(self, plane: Dataplane, interfaces: dict[str, int]) -> None:
+        self.plane = plane
+        self._front = interfaces["front"]
+        self.clock = clock(plane.features.times.tick_shift)
+        config = Config(("front",), tuple(service(v, p) for v in (4, 6) for p in PORT))
+        config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
+        self.engine = Engine(plane, KEY, config, Statuses(), Applied(plane.geometry), Retired(), self.clock)
+        way = Way(self._front, *(bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, BACKEND_MAC)), None, MTU)
+        for one in config.services:
+            for backend in one.backends:
+                key = BackendKey(one.name, backend.name)
+                self.engine.update(key, BackendStatus(HealthState.UP, Admin.ACTIVE, None, way))
+        self.engine.apply_all()
+
+    def run(self, packet: Packet) -> tuple[Verdict, Packet]:
+        result = bpfsys.test_run(self.plane.program_fd, raw(packet), ingress_ifindex=self._front)
+        if result.verdict == Verdict.TX:
+            assert reference.faults(result.packet) == []
+        return Verdict(result.verdict), Ether(result.packet)
+
+    def open(self, flow: Flow, protocol: str = "tcp") -> Flow:
+        """The flow as the backend sees it, after its first packet."""
+        verdict, out = self.run(frame((tcp("S") if protocol == "tcp" else udp())(flow)))
+        assert verdict is Verdict.TX
+        return ends(out)
+
+    def drops(self, name: str) -> dict[str, int]:
+        id_ = self.engine.applied.services[name].id
+        values = self.plane.read_counter("drop_counters", id_)
+        return {field: int(n) for field, n in zip(self.plane.counter_fields("drop_counters"), values, strict=True) if n}
+
+    def fill(self, state: FlowState, idle: int) -> None:
+        """Every place belongs to somebody."""
+        tick = self.clock.tick - idle & 0xFFF
+        self.plane.leases[:] = np.uint64(0xDEAD << 32 | 1 << 14 | tick << 2 | state)
+
+
+def ends(packet: Packet) -> Flow:
+    network = packet[IP] if IP in packet else packet[IPv6]
+    transport = packet[TCP] if TCP in packet else packet[UDP]
+    ttl = network.ttl if IP in packet else network.hlim
+    return Flow(network.src, network.dst, transport.sport, transport.dport, ttl)
+
+
+@pytest.fixture(scope="module")
+def plane(world: World) -> Iterator[Dataplane]:
+    config = Config(("front",), tuple(service(v, p) for v in (4, 6) for p in PORT))
+    config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
+    wanted = specialise.geometry(config)
+    geometry = replace(GEOMETRY, sources4=wanted.sources4, sources6=wanted.sources6)
+    plane = dataplane.open_dataplane(replace(FEATURES, full_nat=True), geometry, KEY, PIN_ROOT / "full-nat")
+    yield plane
+    plane.close()
+    plane.unpin()
+
+
+@pytest.fixture
+def gateway(plane: Dataplane, world: World) -> Gateway:
+    plane.leases[:] = 0
+    return Gateway(plane, dict(world.interfaces))
+
+
+@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(params=["tcp", "udp"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def client(version: int, protocol: str = "tcp", number: int = 0) -> Flow:
+    return Flow(CLIENT[version], VIP[version], 10_000 + number, PORT[protocol])
+
+
+def test_there_and_back(gateway: Gateway, version: int, protocol: str) -> None:
+    build, flow = TRANSPORTS[protocol], client(version, protocol)
+    seen = gateway.open(flow, protocol)
+    assert (seen.source, seen.port) == (SOURCE[version], BACKEND_PORT[protocol])
+    assert seen.destination in BACKENDS[version] and seen.source_port >= FIRST_SOURCE_PORT
+    verdict, out = gateway.run(frame(build(flow)))
+    assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(seen), FRONT_MAC, BACKEND_MAC)))
+    verdict, out = gateway.run(frame(build(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
+    assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(flow.back().hop()), FRONT_MAC, CLIENT_MAC)))
+
+
+def test_every_flow_has_a_port_of_its_own_and_keeps_it(gateway: Gateway, version: int, protocol: str) -> None:
+    flows = [client(version, protocol, number) for number in range(2000)]
+    seen = [gateway.open(flow, protocol) for flow in flows]
+    assert len({(flow.source, flow.source_port) for flow in seen}) == len(flows)
+    for flow, first in zip(flows, seen, strict=True):
+        assert ends(gateway.run(frame(TRANSPORTS[protocol](flow)))[1]) == first
+
+
+def test_hardly_anybody_is_refused_before_most_ports_are_given(gateway: Gateway) -> None:
+    offered = PLACES * 85 // 100
+    packet = bytearray(raw(frame(tcp("A")(client(4)))))
+    verdicts = []
+    for number in range(offered):
+        packet[29], packet[34:36] = number >> 15, (32768 + number % 32768).to_bytes(2, "big")
+        verdicts.append(bpfsys.test_run(gateway.plane.program_fd, bytes(packet)).verdict)
+    given = verdicts.count(Verdict.TX)
+    assert 0.995 * offered < given == np.count_nonzero(gateway.plane.leases)
+    assert verdicts[: PLACES * 7 // 10].count(Verdict.DROP) == 0
+    assert gateway.drops("tcp4").get("ports_exhausted", 0) == offered - given
+
+
+def test_no_live_flow_loses_its_port(gateway: Gateway, version: int) -> None:
+    gateway.fill(FlowState.ESTABLISHED, idle=100)
+    before = gateway.plane.leases.copy()
+    flow = client(version)
+    for flags in ("S", "A"):
+        assert gateway.run(frame(tcp(flags)(flow)))[0] is Verdict.DROP
+    assert gateway.drops(f"tcp{version}")["ports_exhausted"] == 2
+    assert (gateway.plane.leases == before).all()
+
+
+@pytest.mark.parametrize(
+    ("state", "idle"), [(FlowState.ESTABLISHED, 901), (FlowState.CLOSING, 121), (FlowState.OPENING, 2)]
+)
+def test_what_ended_gives_its_port_to_others(gateway: Gateway, state: FlowState, idle: int) -> None:
+    gateway.fill(state, idle)
+    assert gateway.open(client(4)).source_port >= FIRST_SOURCE_PORT
+
+
+def test_time_frees_ports(gateway: Gateway) -> None:
+    gateway.fill(FlowState.ESTABLISHED, idle=901)
+    gateway.plane.leases[:8] = 0
+    gateway.open(client(4))
+    gateway.engine.sweep()
+    assert np.count_nonzero(gateway.plane.leases) == 1
+
+
+def test_a_backends_farewell_closes_the_flow(gateway: Gateway) -> None:
+    seen = gateway.open(client(4))
+    gateway.run(frame(tcp("FA")(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
+    (word,) = gateway.plane.leases[gateway.plane.leases != 0]
+    assert int(word) & 3 == FlowState.CLOSING
+
+
+def test_what_answers_no_flow_is_the_hosts_own(gateway: Gateway, version: int) -> None:
+    seen = replace(gateway.open(client(version)), ttl=64)
+    stranger = {4: "10.0.1.77", 6: "fd00:1::77"}[version]
+    answers = [
+        tcp("A")(replace(seen, source_port=seen.source_port ^ 8).back()),
+        tcp("A")(replace(seen, port=22).back()),
+        tcp("A")(replace(seen, destination=stranger).back()),
+        udp()(seen.back()),
+        tcp("A")(replace(seen, source_port=22).back()),
+    ]
+    for answer in answers:
+        packet = frame(answer, BACKEND_MAC, FRONT_MAC)
+        verdict, out = gateway.run(packet)
+        assert (verdict, raw(out)) == (Verdict.PASS, raw(packet))
+
+
+def test_a_flow_stays_with_its_backend_while_that_drains(gateway: Gateway) -> None:
+    flows = {client(4, number=number): gateway.open(client(4, number=number)) for number in range(200)}
+    key = BackendKey("tcp4", "b0")
+    gateway.engine.update(key, replace(gateway.engine.statuses.get(key), admin=Admin.DRAIN))
+    gateway.engine.apply_service("tcp4")
+    for flow, seen in flows.items():
+        assert ends(gateway.run(frame(tcp("A")(flow)))[1]) == seen
+    fresh = {gateway.open(client(4, number=number)).destination for number in range(1000, 1200)}
+    assert fresh == {BACKENDS[4][1]}
+
+
+def test_a_removed_backend_leaves_no_place_behind(gateway: Gateway) -> None:
+    for number in range(100):
+        gateway.open(client(4, number=number))
+    config = gateway.engine.config
+    services = tuple(replace(s, backends=s.backends[1:]) for s in config.services)
+    gateway.engine.adopt_config(replace(config, services=services))
+    gateway.engine.apply_all()
+    left = {int(word) >> 14 & 0x1FFFF for word in gateway.plane.leases if word}
+    assert left == {gateway.engine.applied.backends[BackendKey("tcp4", "b1")][0]}
+
+
+def test_later_fragments_are_dropped_and_counted(gateway: Gateway) -> None:
+    first, *later = fragments(udp(bytes(100)))
+    flow = client(4, "udp")
+    assert gateway.run(frame(first(flow)))[0] is Verdict.TX
+    for piece in later:
+        assert gateway.run(frame(piece(flow)))[0] is Verdict.DROP
+
+
+@pytest.mark.parametrize("length", [8, 20, None], ids=["8 bytes", "a TCP header", "all"])
+def test_an_error_about_an_answer_reaches_the_backend(gateway: Gateway, version: int, length: int | None) -> None:
+    """A router on the way to the client tells the service; the backend must find its own packet quoted."""
+    flow = client(version)
+    seen, answer = gateway.open(flow), tcp("A", b"HTTP/1.1 200 OK")
+    kind = ERRORS[version]["fragmentation needed" if version == 4 else "packet too big"]
+    report = Flow(ROUTER[version], VIP[version])
+    packet = icmp(report, kind, quotation(answer, replace(flow.back(), ttl=60), length))
+    expected = icmp(
+        replace(report.hop(), destination=seen.destination),
+        kind,
+        quotation(answer, replace(seen.back(), ttl=60), length),
+    )
+    verdict, out = gateway.run(frame(packet))
+    assert (verdict, raw(out)) == (Verdict.TX, raw(frame(expected, FRONT_MAC, BACKEND_MAC)))
+
+
+@pytest.mark.parametrize("length", [8, 20, None], ids=["8 bytes", "a TCP header", "all"])
+def test_an_error_about_a_question_reaches_the_client(gateway: Gateway, version: int, length: int | None) -> None:
+    flow = client(version)
+    seen, question = gateway.open(flow), tcp("A", b"GET /")
+    kind = ERRORS[version]["port unreachable"]
+    report = Flow(seen.destination, SOURCE[version])
+    packet = icmp(report, kind, quotation(question, replace(seen, ttl=60), length))
+    expected = icmp(
+        Flow(VIP[version], CLIENT[version], ttl=63), kind, quotation(question, replace(flow, ttl=60), length)
+    )
+    verdict, out = gateway.run(frame(packet, BACKEND_MAC, FRONT_MAC))
+    assert (verdict, raw(out)) == (Verdict.TX, raw(frame(expected, FRONT_MAC, CLIENT_MAC)))
