@@ -95,17 +95,24 @@ static __always_inline __u32 choose_least_busy(const struct service *service, st
 	return 0;
 }
 
-/* p2c: the less busy one of two that the slots, which go by weight, name at random. */
+/*
+ * p2c: of two that the slots, which go by weight, name at random the one that has fewer flows for its weight. The first where
+ * that is the same: weights would count twice, if idle ones were compared by them.
+ */
 static __always_inline __u32 choose_of_two(const struct service *service, __u64 key)
 {
 	__u64 other_key = mix(finish(key), 1);
-	__u32 one = read_slot(slot_index(service, finish(key))) & SLOT_BACKEND;
-	__u32 other = read_slot(slot_index(service, other_key)) & SLOT_BACKEND;
-	struct load *load = find_load(one), *other_load = find_load(other);
+	__u32 id = read_slot(slot_index(service, finish(key))) & SLOT_BACKEND;
+	__u32 other_id = read_slot(slot_index(service, other_key)) & SLOT_BACKEND;
+	struct load *load = find_load(id), *other = find_load(other_id);
 
-	if (!load || !other_load)
+	if (!load || !other)
 		return BACKEND_GONE;
-	return is_less_busy(other_load->active, other_load->weight, load->active, load->weight) ? other : one;
+	if (!load->weight || (__u64)other->active * load->weight < (__u64)load->active * other->weight) {
+		id = other_id;
+		load = other;
+	}
+	return load->weight ? id : BACKEND_GONE;
 }
 
 /* Makes the choice that is open on this CPU: BACKEND_GONE where nobody can be chosen, 0 where that takes another call. */

@@ -93,8 +93,8 @@ class PutBackend:
 @dataclass(frozen=True, slots=True, eq=False)
 class PutSlots:
     """`origin` is where the service's slots were before, first and number; None for a new service. `settles`: whether
-    they settle in time, or stay in transition because the service remembers all flows. `window_s`: how long flows that
-    are not remembered go to previous backends; None for the usual time.
+    they settle in time, or stay in transition because they are not all that says where a new flow goes. `window_s`: how
+    long flows that are not remembered go to previous backends; None for the usual time.
     """
 
     service: str
@@ -268,7 +268,7 @@ class Planner:
     def _slots(self, desired: DesiredService) -> Iterator[PutSlots]:
         name, members = desired.config.name, self._members(desired)
         size = maglev.table_size(len(members))
-        settles, window_s = not desired.config.remembers_all, _window_s(desired.config)
+        settles, window_s = _settles(desired.config), _window_s(desired.config)
         known = self.applied.services.get(name)
         if known is None:
             yield PutSlots(name, self._room(name, size), maglev.build(members, size), None, settles, window_s)
@@ -446,6 +446,11 @@ def _code(scheduler: Scheduler) -> SchedulerCode:
 
 def _takes_turns(service: Service) -> bool:
     return _code(service.scheduler) in (SchedulerCode.TURNS, SchedulerCode.LEAST)
+
+
+def _settles(service: Service) -> bool:
+    """Whether the slots alone say where a new flow goes, once nothing changes."""
+    return service.scheduler.hashes and service.flows is not FlowMemory.ALL
 
 
 def _window_s(service: Service) -> float | None:

@@ -1,7 +1,10 @@
-"""One packet path for the tests of the flow rule, and one that can remember no more than eight flows."""
+"""Packet paths for the tests of the flow rule: one like any, one that can remember no more than eight flows, and one
+with all schedulers and affinity.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,6 +31,23 @@ def roomy(flow_pins: None) -> Iterator[Lab]:
 def narrow(flow_pins: None) -> Iterator[Lab]:
     with loaded("narrow", FEATURES, replace(GEOMETRY, flow_sets=1)) as plane:
         yield Lab(plane)
+
+
+@pytest.fixture(scope="session")
+def choosing(flow_pins: None) -> Iterator[Lab]:
+    """All that services can ask for, and a memory whose sets do not fill up by chance."""
+    features = replace(FEATURES, choice=True, affinity=True, client_prefix=True)
+    with loaded("choosing", features, replace(GEOMETRY, slots=1 << 19, flow_sets=1 << 15)) as plane:
+        yield Lab(plane)
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """Each CPU takes turns of its own."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -74,15 +74,16 @@ _CLIENTS = {4: IPv4Address("192.0.0.0"), 6: IPv6Address("2001:db8:c::")}
 
 def service(
     name: str = "web",
-    backends: Iterable[str] = "abc",
+    backends: Iterable[str] | Mapping[str, int] = "abc",
     version: int = 4,
     number: int = 1,
     protocol: Protocol = Protocol.TCP,
     **settings: Any,
 ) -> Service:
-    """On port 80 of an address that `number` makes its own."""
+    """On port 80 of an address that `number` makes its own. Backends by name, or by name and weight."""
     listen = Listen(_LISTENING[version] + number, 80, 80, protocol)
-    pool = tuple(backend(name, version, number) for name in backends)
+    weights = backends if isinstance(backends, Mapping) else dict.fromkeys(backends, 1)
+    pool = tuple(replace(backend(name, version, number), weight=weight) for name, weight in weights.items())
     return replace(
         Service(name, listen, Forward.DSR, Scheduler.MAGLEV, Check(CheckType.NONE), pool),
         **settings,
@@ -210,8 +211,12 @@ class Lab:
         return [self.flow(of, service) for _ in range(number)]
 
     def hash(self, flow: Flow) -> int:
-        scheduler = self._service(flow.service).scheduler
-        return HASH.flow(str(flow.client), flow.port, 80, scheduler is not Scheduler.SOURCE_HASH)
+        service, client = self._service(flow.service), flow.client
+        if service.affinity is None:
+            return HASH.flow(str(client), flow.port, 80, service.scheduler is not Scheduler.SOURCE_HASH)
+        prefix = service.affinity.prefix4 if client.version == 4 else service.affinity.prefix6
+        network = ip_network((client, prefix), strict=False)
+        return HASH.flow(str(network.network_address), 0, 0, False)
 
     def slot(self, flow: Flow) -> int:
         """The place of its slot."""
@@ -262,6 +267,11 @@ class Lab:
     @property
     def remembered(self) -> int:
         return int(np.count_nonzero(self.plane.flow_words))
+
+    def active(self, service: str = "web") -> dict[str, int]:
+        """How many flows the schedulers think each of its backends has."""
+        ids = {key.backend: id_ for key, (id_, _) in self.engine.applied.backends.items() if key.service == service}
+        return {name: int(self.plane.loads["active"][id_]) for name, id_ in ids.items()}
 
     def counted(self) -> dict[str, int]:
         """The flow cache's counters since the start, without zeros."""
