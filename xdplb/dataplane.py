@@ -148,6 +148,7 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: bundle.H
     flags = bundle.compiler_flags(definitions, key, pins)
     _refuse_foreign_pins(pins)
     bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, *_STAGES.values()])
+    _refuse_other_sizes(bpf, pins)
     plane = Dataplane(bpf, programs, geometry, features, pins)
     for stage, name in _STAGES.items():
         bpfsys.update(plane.fd("stages"), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
@@ -165,6 +166,13 @@ def _refuse_foreign_pins(pins: Path) -> None:
             os.close(descriptor)
         if not ours:
             raise NotCapable(f"{path} is not a map of xdplb", f"remove it: rm {path}")
+
+
+def _refuse_other_sizes(bpf: Any, pins: Path) -> None:
+    for name in bundle.map_names():
+        table = bpf[name.encode()]
+        if bpfsys.map_shape(int(table.map_fd)).max_entries != table.max_entries:
+            raise NotCapable(f"{pins / name} is not of the size that is needed", f"remove it: rm {pins / name}")
 
 
 def load_programs(source: str, flags: list[str], functions: list[str]) -> tuple[Any, dict[str, int]]:

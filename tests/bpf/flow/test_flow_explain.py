@@ -239,7 +239,7 @@ def test_a_client_that_stays_has_no_new_connections(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def choosing(flow_pins: None) -> Iterator[Lab]:
-    with loaded("choosing", replace(FEATURES, choice=True)) as plane:
+    with loaded("asked-and-choosing", replace(FEATURES, choice=True)) as plane:
         yield Lab(plane)
 
 
