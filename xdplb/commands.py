@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
@@ -14,6 +13,7 @@ from xdplb import explain, frames
 from xdplb.clock import clock
 from xdplb.control import JSON, Handler, Request
 from xdplb.desired import FULLY_GROWN
+from xdplb.differences import changes
 from xdplb.errors import UsageError, XdplbError
 from xdplb.forecast import forecast
 from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
@@ -98,7 +98,7 @@ class Commands:
         engine = daemon.engine
         told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, engine.open)
         return {
-            "changes": list(changes(daemon.config, config)),
+            "changes": cast(JSON, list(changes(daemon.config, config))),
             "services": [
                 {
                     "name": name,
@@ -174,69 +174,6 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
             if backend.address == flow.source.address and way is not None and way.ifindex in sides:
                 return sides[way.ifindex]
     return daemon.interfaces[0]
-
-
-def changes(old: Config, new: Config) -> Iterator[JSON]:
-    """What differs, service by service and backend by backend."""
-    for name in ("source_pool", "tunnel_source4", "tunnel_source6", "flow_cache", "control_loss_s"):
-        if getattr(old, name) != getattr(new, name):
-            yield {"kind": "change", "what": name, "detail": f"{getattr(old, name)} -> {getattr(new, name)}"}
-    for name in ("interfaces", "hash_key"):
-        if getattr(old, name) != getattr(new, name):
-            yield {"kind": "change", "what": name, "detail": "not by a reload: only the next `up` takes it"}
-    before, after = ({s.name: s for s in config.services} for config in (old, new))
-    for name in before:
-        if name not in after:
-            yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
-    for name, service in after.items():
-        if name not in before:
-            yield {
-                "kind": "add",
-                "what": f"service {name}",
-                "detail": f"{service.listen}, {len(service.backends)} backends",
-            }
-        elif before[name] != service:
-            yield from _service_changes(before[name], service)
-
-
-def _service_changes(old: Service, new: Service) -> Iterator[JSON]:
-    for name in (
-        "listen",
-        "forward",
-        "scheduler",
-        "check",
-        "on_all_down",
-        "gue_port",
-        "on_down",
-        "flows",
-        "affinity",
-        "slow_start_s",
-        "on_remove",
-    ):
-        if getattr(old, name) != getattr(new, name):
-            detail = (
-                f"{name} {_shown(getattr(old, name))} -> {_shown(getattr(new, name))}" if name != "check" else "check"
-            )
-            yield {"kind": "change", "what": f"service {new.name}", "detail": detail}
-    before, after = ({b.name: b for b in service.backends} for service in (old, new))
-    for name in before:
-        if name not in after:
-            yield {"kind": "remove", "what": f"backend {new.name}/{name}", "detail": before[name].label(old.listen)}
-    for name, backend in after.items():
-        what = f"backend {new.name}/{name}"
-        if name not in before:
-            yield {"kind": "add", "what": what, "detail": f"{backend.label(new.listen)}, weight {backend.weight}"}
-        elif before[name] != backend:
-            fields = ("address", "port", "weight", "backup")
-            differing = [f for f in fields if getattr(before[name], f) != getattr(backend, f)]
-            detail = ", ".join(
-                f"{f} {_shown(getattr(before[name], f))} -> {_shown(getattr(backend, f))}" for f in differing
-            )
-            yield {"kind": "change", "what": what, "detail": detail}
-
-
-def _shown(value: object) -> str:
-    return "the service's" if value is None else str(value)
 
 
 def _timestamp(seconds: float) -> str:

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from xdplb.commands import changes
+from xdplb.differences import changes
 from xdplb.model import (
     Backend,
     Check,
