@@ -125,8 +125,8 @@ static __always_inline int explain_reply(struct packet *p, __u32 id, struct expl
 	found->subject = SUBJECT_REPLY;
 	found->service = backend->service;
 	found->backend = id;
-	route = find_route(p, &service->address, &fib);
-	if (route == ROUTE_KERNEL_UNTOUCHED)
+	route = find_route(p, &service->address, &p->destination, &fib);
+	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return XDP_PASS;
 	translate(p, &service->address, backend->port ? service->port : 0, true);
 	if (route == ROUTE_KERNEL)

@@ -54,17 +54,21 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 {
 	struct bpf_fib_lookup fib = {};
 	struct reply_to to = {};
+	enum route route;
 
 	if (!find_reply_to(source, destination_port(p), &p->source, source_port(p), p->protocol, &to) || hops_used_up(p))
 		return pass();
-	if (p->tcp_flags & (TCP_FIN | TCP_RST))
-		replace_flow(to.word, *to.word, *to.word | FLOW_CLOSING);
+	renew_lease(to.word, p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0);
+	route = find_route(p, &to.service->address, &to.lessee->client, &fib);
+	if (route == ROUTE_TOO_BIG)
+		return answer(p->ctx, ANSWER_TOO_BIG, to.lessee->service, fib.tot_len);
+	if (route == ROUTE_KERNEL_UNTOUCHED)
+		return pass();
 	count_reply(to.id, p->length);
 	translate(p, &to.lessee->client, to.lessee->ports & 0xffff, false);
 	translate(p, &to.service->address, to.backend->port ? to.service->port : 0, true);
-	p->destination = to.lessee->client;
-	if (find_route(p, &to.service->address, &fib) != ROUTE_SEND)
-		return pass(); /* translated: the kernel finds the neighbour, or says why not */
+	if (route == ROUTE_KERNEL)
+		return pass();
 	take_hop(p);
 	return send_route(p->ctx, &fib);
 }
@@ -104,6 +108,7 @@ static __always_inline int full_nat_error_to_backend(struct packet *p, struct qu
 	sum = translate_quoted(p, q, &backend->address, backend->port, true);
 	sum += translate_quoted(p, q, &source, port, false);
 	sum += replace_outer(p, &backend->address, false);
+	sum += replace_outer(p, &source, true); /* the backend may know no way to the router, and doubt what comes from there */
 	patch_icmp(p, sum);
 	return send_to(p->ctx, backend);
 }
@@ -126,8 +131,7 @@ static __always_inline int full_nat_error_to_client(struct packet *p, struct quo
 	if (from_backend)
 		sum += replace_outer(p, &about.service->address, true);
 	patch_icmp(p, sum);
-	p->destination = about.lessee->client;
-	if (find_route(p, from_backend ? &about.service->address : &p->source, &fib) != ROUTE_SEND)
+	if (find_route(p, from_backend ? &about.service->address : &p->source, &about.lessee->client, &fib) != ROUTE_SEND)
 		return pass();
 	take_hop(p);
 	return send_route(p->ctx, &fib);

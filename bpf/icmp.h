@@ -230,8 +230,8 @@ static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 	if (!id || !service || !service->slot_mask || hops_used_up(p))
 		return pass();
 	from_backend = same_address(&p->source, &q->destination);
-	route = find_route(p, from_backend ? &service->address : &p->source, &fib);
-	if (route == ROUTE_KERNEL_UNTOUCHED)
+	route = find_route(p, from_backend ? &service->address : &p->source, &p->destination, &fib);
+	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return pass();
 	count_reply(id, p->length);
 	sum = translate_quoted(p, q, &service->address, backend->port ? service->port : 0, false);

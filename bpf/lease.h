@@ -19,6 +19,9 @@
 
 #define NO_PLACE 0xffffffff
 
+/* For how many ticks a flow that closed has its port for itself, whoever asks. */
+#define LINGER 2
+
 /* What an interval of one of our source addresses leads to, in place of a service. */
 static __always_inline bool is_source(__u32 target)
 {
@@ -105,27 +108,52 @@ static __always_inline __u64 lease_word(const struct flow *flow, __u32 backend, 
 	return flow_word(flow, backend, state) & ~FLOW_COUNTED;
 }
 
-/* Claims the most dispensable place of the set, if it has ended, for the flow. */
+/*
+ * How dispensable a place is: what closed some ticks ago is of use to nobody any more, however long its state would keep it
+ * where there is room.
+ */
+static __always_inline __u64 lease_score(__u64 word, __u32 tick)
+{
+	__u64 idle = (tick - FLOW_TICK(word)) & 0xfff;
+
+	return score(word, tick) | (is_zero(FLOW_STATE(word) ^ FLOW_CLOSING) & mask_less(LINGER, idle)) * SCORE_OPENING;
+}
+
+/* The most dispensable place of a set: its score, and its number in the lowest three bits. */
+static __always_inline __u64 find_free_lease(const struct flow_set *set, __u32 tick)
+{
+	__u64 best = 0, ranked, better;
+
+#pragma unroll
+	for (int i = 0; i < WAYS; i++) {
+		ranked = lease_score(set->flow[i], tick) << 3 | i;
+		better = mask_less(best, ranked);
+		best = (best & ~better) | (ranked & better);
+	}
+	return best;
+}
+
+/* Claims a place of the set that nobody needs for the flow. Its client stands there before a reply can find it. */
 static __always_inline __u32 take_lease(const struct applicant *a, __u32 index, __u32 backend)
 {
 	const struct flow *flow = &a->flow;
 	struct flow_set *set = find_lease_set(index);
+	__u64 victim, old, claim = lease_word(flow, 0, flow->state);
 	struct lessee *lessee;
-	__u64 victim, old;
 	__u32 place;
 
 	if (!set)
 		return NO_PLACE;
-	victim = find_victim(set, flow->tick);
+	victim = find_free_lease(set, flow->tick);
 	place = index * WAYS + (victim & (WAYS - 1));
 	lessee = find_lessee(place);
 	old = *way(set, victim);
-	if (!lessee || victim >> 3 < SCORE_OPENING ||
-	    !replace_flow(way(set, victim), old, lease_word(flow, backend, flow->state)))
+	if (!lessee || victim >> 3 < SCORE_OPENING || !replace_flow(way(set, victim), old, claim))
 		return NO_PLACE;
 	lessee->client = a->client;
 	lessee->ports = a->ports;
 	lessee->service = flow->service_id;
+	replace_flow(way(set, victim), claim, lease_word(flow, backend, flow->state));
 	return place;
 }
 
@@ -139,8 +167,17 @@ static __always_inline __u32 room_in(__u32 index, __u32 tick)
 		return 0;
 #pragma unroll
 	for (int i = 0; i < WAYS; i++)
-		room += 1 - is_zero(score(set->flow[i], tick) / SCORE_OPENING);
+		room += 1 - is_zero(lease_score(set->flow[i], tick) / SCORE_OPENING);
 	return room;
+}
+
+/* Notes that the flow lives, by a packet of its backend; `state` is what that adds. */
+static __always_inline void renew_lease(__u64 *word, __u32 state)
+{
+	__u64 old = *word, fresh = (old & ~(0xfffULL << 2)) | (current_tick() & 0xfff) << 2 | state;
+
+	if (fresh != old)
+		replace_flow(word, old, fresh);
 }
 
 static __always_inline __u64 *lease(__u32 place)
@@ -165,7 +202,7 @@ static __always_inline bool source_of(__u32 place, struct address *address, __be
 
 /*
  * The flow's place, its own or a new one. `*backend` is whom the flow rule says; a place that the flow has says it with more
- * right, because that backend knows the connection, unless the connection is only just beginning.
+ * right, because that backend knows the connection, unless a new one begins.
  */
 static __always_inline __u32 hold_lease(const struct applicant *a, __u32 *backend)
 {
@@ -182,7 +219,7 @@ static __always_inline __u32 hold_lease(const struct applicant *a, __u32 *backen
 	old = *word;
 	known = FLOW_BACKEND(old);
 	entry = backends.lookup(&known);
-	if (!flow->anybody && serves(flow, entry))
+	if ((!flow->anybody || FLOW_STATE(old) == FLOW_OPENING) && serves(flow, entry))
 		*backend = known;
 	replace_flow(word, old, lease_word(flow, *backend, flow->anybody ? FLOW_OPENING : flow->state | FLOW_STATE(old)));
 	return place;

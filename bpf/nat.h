@@ -97,13 +97,14 @@ static __always_inline __u32 find_reply_backend(const struct address *backend_ad
 	return known ? *known : id;
 }
 
-enum route { ROUTE_SEND, ROUTE_KERNEL, ROUTE_KERNEL_UNTOUCHED };
+enum route { ROUTE_SEND, ROUTE_KERNEL, ROUTE_KERNEL_UNTOUCHED, ROUTE_TOO_BIG };
 
 /*
- * The kernel's way from here to the client. What XDP cannot send itself the kernel gets: translated, where it only has to
+ * The kernel's way from here to `destination`. What XDP cannot send itself the kernel gets: translated, where it only has to
  * find the neighbour's MAC first or to fragment; untouched, where it is the addressee or has to tell the backend off.
  */
-static __always_inline enum route find_route(const struct packet *p, const struct address *source, struct bpf_fib_lookup *fib)
+static __always_inline enum route find_route(const struct packet *p, const struct address *source,
+					     const struct address *destination, struct bpf_fib_lookup *fib)
 {
 	fib->ifindex = ingress(p->ctx);
 	fib->tot_len = p->length;
@@ -112,12 +113,12 @@ static __always_inline enum route find_route(const struct packet *p, const struc
 		fib->family = AF_INET;
 		fib->tos = p->ip4->tos;
 		fib->ipv4_src = unmapped(source);
-		fib->ipv4_dst = p->ip4->destination;
+		fib->ipv4_dst = unmapped(destination);
 	} else {
 		fib->family = AF_INET6;
 		fib->flowinfo = p->ip6->version_class_label & be32(0x0fffffff);
 		__builtin_memcpy(fib->ipv6_src, source, sizeof(fib->ipv6_src));
-		__builtin_memcpy(fib->ipv6_dst, &p->destination, sizeof(fib->ipv6_dst));
+		__builtin_memcpy(fib->ipv6_dst, destination, sizeof(fib->ipv6_dst));
 	}
 	switch (bpf_fib_lookup(p->ctx, fib, sizeof(*fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
@@ -125,7 +126,7 @@ static __always_inline enum route find_route(const struct packet *p, const struc
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		return ROUTE_KERNEL;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		return p->version == 4 && !(p->ip4->fragment & be16(IP_DF)) ? ROUTE_KERNEL : ROUTE_KERNEL_UNTOUCHED;
+		return p->version == 4 && !(p->ip4->fragment & be16(IP_DF)) ? ROUTE_KERNEL : ROUTE_TOO_BIG;
 	default:
 		return ROUTE_KERNEL_UNTOUCHED;
 	}
@@ -158,8 +159,8 @@ static __always_inline int reply(struct packet *p, __u32 id)
 
 	if (!service || !service->slot_mask || hops_used_up(p))
 		return pass();
-	route = find_route(p, &service->address, &fib);
-	if (route == ROUTE_KERNEL_UNTOUCHED)
+	route = find_route(p, &service->address, &p->destination, &fib);
+	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return pass();
 	count_reply(id, p->length);
 	translate(p, &service->address, backend->port ? service->port : 0, true);

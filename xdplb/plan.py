@@ -337,6 +337,8 @@ class Planner:
             yield service.first, len(service.table)
             if service.entry is not None:
                 yield service.entry.slots, service.entry.slot_count
+                if service.entry.turn_count:
+                    yield service.entry.turns, _room_for(service.entry.turn_count + service.entry.members)
             if service.turns is not None:
                 yield service.turns.first, _room_for(len(service.turns.ids))
 

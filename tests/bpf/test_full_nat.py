@@ -31,7 +31,7 @@ from scapy.layers.inet import IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
-from world import FEATURES, GEOMETRY, KEY, MTU, PIN_ROOT, World
+from world import FEATURES, GEOMETRY, KEY, MTU, NARROW, PIN_ROOT, World
 
 from xdplb import bpfsys, dataplane, specialise
 from xdplb.abi import FIRST_SOURCE_PORT, FlowState, Subject
@@ -197,7 +197,7 @@ def test_no_live_flow_loses_its_port(gateway: Gateway, version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "idle"), [(FlowState.ESTABLISHED, 901), (FlowState.CLOSING, 121), (FlowState.OPENING, 2)]
+    ("state", "idle"), [(FlowState.ESTABLISHED, 901), (FlowState.CLOSING, 4), (FlowState.OPENING, 2)]
 )
 def test_what_ended_gives_its_port_to_others(gateway: Gateway, state: FlowState, idle: int) -> None:
     gateway.fill(state, idle)
@@ -217,6 +217,27 @@ def test_a_backends_farewell_closes_the_flow(gateway: Gateway) -> None:
     gateway.run(frame(tcp("FA")(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
     (word,) = gateway.plane.leases[gateway.plane.leases != 0]
     assert int(word) & 3 == FlowState.CLOSING
+
+
+def test_a_backend_that_talks_keeps_the_flow_alive(gateway: Gateway) -> None:
+    seen = gateway.open(client(4, "udp"), "udp")
+    words = gateway.plane.leases
+    (place,) = np.flatnonzero(words)
+    field = np.uint64(0xFFF << 2)
+    words[place] = words[place] & ~field | (words[place] & field) - np.uint64(250 << 2) & field
+    gateway.run(frame(udp()(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
+    assert gateway.clock.tick - (int(words[place]) >> 2) & 0xFFF == 0
+
+
+def test_a_backend_is_told_what_is_too_big_for_the_way_to_the_client(gateway: Gateway, version: int) -> None:
+    seen = gateway.open(replace(client(version), source=NARROW[version]))
+    answer = tcp("A", bytes(1400))(replace(seen, ttl=64).back())
+    if version == 4:
+        answer.flags = "DF"
+    verdict, out = gateway.run(frame(answer, BACKEND_MAC, FRONT_MAC))
+    network = out[IP] if version == 4 else out[IPv6]
+    assert (verdict, network.src, network.dst) == (Verdict.TX, SOURCE[version], seen.destination)
+    assert (1280).to_bytes(2, "big") in raw(network.payload)[:8]
 
 
 def test_what_answers_no_flow_is_the_hosts_own(gateway: Gateway, version: int) -> None:
@@ -288,7 +309,7 @@ def test_an_error_about_an_answer_reaches_the_backend(gateway: Gateway, version:
     report = Flow(ROUTER[version], VIP[version])
     packet = icmp(report, kind, quotation(answer, replace(flow.back(), ttl=60), length))
     expected = icmp(
-        replace(report.hop(), destination=seen.destination),
+        replace(report.hop(), source=SOURCE[version], destination=seen.destination),
         kind,
         quotation(answer, replace(seen.back(), ttl=60), length),
     )
