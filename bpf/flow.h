@@ -191,15 +191,16 @@ static __always_inline __u64 *way(struct flow_set *set, __u32 place)
 }
 
 /* After how many idle ticks a flow counts as ended, by state: 12 bits each. */
-#define TIMEOUTS                                                                                                               \
+#define TIMEOUTS_WITH(closing)                                                                                                 \
 	((__u64)TIMEOUT_OPENING << 12 * FLOW_OPENING | (__u64)TIMEOUT_ESTABLISHED << 12 * FLOW_ESTABLISHED |                   \
-	 (__u64)TIMEOUT_CLOSING << 12 * FLOW_CLOSING | (__u64)TIMEOUT_DATAGRAM << 12 * FLOW_DATAGRAM)
+	 (__u64)(closing) << 12 * FLOW_CLOSING | (__u64)TIMEOUT_DATAGRAM << 12 * FLOW_DATAGRAM)
+#define TIMEOUTS TIMEOUTS_WITH(TIMEOUT_CLOSING)
 
 /* How dispensable a remembered flow is. */
-static __always_inline __u64 score(__u64 word, __u32 tick)
+static __always_inline __u64 score(__u64 word, __u32 tick, const __u64 timeouts)
 {
 	__u64 idle = (tick - FLOW_TICK(word)) & 0xfff;
-	__u64 timeout = TIMEOUTS >> 12 * FLOW_STATE(word) & 0xfff;
+	__u64 timeout = timeouts >> 12 * FLOW_STATE(word) & 0xfff;
 
 	return is_zero(word) * SCORE_FREE | (mask_less(timeout, idle) & SCORE_IDLE) |
 	       (is_zero(FLOW_STATE(word) ^ FLOW_OPENING) & ~is_zero(idle)) * SCORE_OPENING | idle;
@@ -218,13 +219,13 @@ static __always_inline bool within_budget(__u32 tick)
 }
 
 /* The most dispensable one of a set: its score, and its place in the lowest three bits. */
-static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick)
+static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick, const __u64 timeouts)
 {
 	__u64 best = 0, ranked, better;
 
 #pragma unroll
 	for (int i = 0; i < WAYS; i++) {
-		ranked = score(set->flow[i], tick) << 3 | i;
+		ranked = score(set->flow[i], tick, timeouts) << 3 | i;
 		better = mask_less(best, ranked);
 		best = (best & ~better) | (ranked & better);
 	}
@@ -239,7 +240,7 @@ static __always_inline bool remember_flow(struct flow_set *set, const struct flo
 					  struct flow_counters *counters)
 {
 	const bool known = place < WAYS;
-	__u64 victim = known ? place : find_victim(set, flow->tick), old;
+	__u64 victim = known ? place : find_victim(set, flow->tick, TIMEOUTS), old;
 
 	if (!known && ((flow->anybody && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
 		return false;

@@ -5,11 +5,12 @@
  * One record serves both ways, and its place is its port: a flow's hash names two sets of eight places, and the number of the
  * place that the flow gets there is its source address and port. So there is no allocator and no lock, a compare-and-swap
  * claims a place, and a reply finds its record by one access to an array. The emptier one of the two sets is taken, so that
- * the first flow is refused when three quarters of all places are taken, and one in a hundred when nine tenths are (Azar et
- * al., "Balanced Allocations", 1994).
+ * nobody is refused before seven tenths of all places are taken, and hardly anybody for a while then (Azar et al., "Balanced
+ * Allocations", 1994).
  *
- * A place holds a word like the flow cache's, which names the backend, and beside it the client. Other than there nobody is
- * ever driven out: a port belongs to its flow until that ends or has been silent for as long as its state allows.
+ * A place holds a word like the flow cache's, which names the backend, and beside it the client. Other than there no open
+ * flow is ever driven out: a port belongs to its flow until that closes or has been silent for as long as its state allows.
+ * Only a flow that never got beyond its SYN gives way to others sooner.
  */
 #ifndef XDPLB_LEASE_H
 #define XDPLB_LEASE_H
@@ -19,8 +20,9 @@
 
 #define NO_PLACE 0xffffffff
 
-/* For how many ticks a flow that closed has its port for itself, whoever asks. */
+/* A flow that closed has its port for itself for so many ticks, and longer only while nobody asks for it. */
 #define LINGER 2
+#define LEASE_TIMEOUTS TIMEOUTS_WITH(LINGER)
 
 /* What an interval of one of our source addresses leads to, in place of a service. */
 static __always_inline bool is_source(__u32 target)
@@ -46,7 +48,7 @@ struct applicant {
 	__u32 version;
 };
 
-/* `flow` is the flow rule's, whose key may leave out ports; `protocol` tells TCP's and UDP's apart. */
+/* `flow` is the flow rule's, whose key may leave out ports. TCP and UDP are never the same service. */
 static __always_inline struct applicant applicant(const struct flow *flow, const struct address *client, __u32 ports,
 						  __u32 version)
 {
@@ -108,31 +110,6 @@ static __always_inline __u64 lease_word(const struct flow *flow, __u32 backend, 
 	return flow_word(flow, backend, state) & ~FLOW_COUNTED;
 }
 
-/*
- * How dispensable a place is: what closed some ticks ago is of use to nobody any more, however long its state would keep it
- * where there is room.
- */
-static __always_inline __u64 lease_score(__u64 word, __u32 tick)
-{
-	__u64 idle = (tick - FLOW_TICK(word)) & 0xfff;
-
-	return score(word, tick) | (is_zero(FLOW_STATE(word) ^ FLOW_CLOSING) & mask_less(LINGER, idle)) * SCORE_OPENING;
-}
-
-/* The most dispensable place of a set: its score, and its number in the lowest three bits. */
-static __always_inline __u64 find_free_lease(const struct flow_set *set, __u32 tick)
-{
-	__u64 best = 0, ranked, better;
-
-#pragma unroll
-	for (int i = 0; i < WAYS; i++) {
-		ranked = lease_score(set->flow[i], tick) << 3 | i;
-		better = mask_less(best, ranked);
-		best = (best & ~better) | (ranked & better);
-	}
-	return best;
-}
-
 /* Claims a place of the set that nobody needs for the flow. Its client stands there before a reply can find it. */
 static __always_inline __u32 take_lease(const struct applicant *a, __u32 index, __u32 backend)
 {
@@ -144,7 +121,7 @@ static __always_inline __u32 take_lease(const struct applicant *a, __u32 index, 
 
 	if (!set)
 		return NO_PLACE;
-	victim = find_free_lease(set, flow->tick);
+	victim = find_victim(set, flow->tick, LEASE_TIMEOUTS);
 	place = index * WAYS + (victim & (WAYS - 1));
 	lessee = find_lessee(place);
 	old = *way(set, victim);
@@ -167,7 +144,7 @@ static __always_inline __u32 room_in(__u32 index, __u32 tick)
 		return 0;
 #pragma unroll
 	for (int i = 0; i < WAYS; i++)
-		room += 1 - is_zero(lease_score(set->flow[i], tick) / SCORE_OPENING);
+		room += 1 - is_zero(score(set->flow[i], tick, LEASE_TIMEOUTS) / SCORE_OPENING);
 	return room;
 }
 
@@ -207,12 +184,15 @@ static __always_inline bool source_of(__u32 place, struct address *address, __be
 static __always_inline __u32 hold_lease(const struct applicant *a, __u32 *backend)
 {
 	const struct flow *flow = &a->flow;
-	__u32 place = find_lease(a), one = first_choice(a), other = second_choice(a), known;
+	__u32 place = find_lease(a), one, other, known;
 	struct backend *entry;
 	__u64 *word, old;
 
-	if (place == NO_PLACE)
+	if (place == NO_PLACE) {
+		one = first_choice(a);
+		other = second_choice(a);
 		return take_lease(a, room_in(other, flow->tick) > room_in(one, flow->tick) ? other : one, *backend);
+	}
 	word = lease(place);
 	if (!word)
 		return NO_PLACE;

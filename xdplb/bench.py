@@ -31,7 +31,7 @@ from xdplb.dataplane import Dataplane
 from xdplb.desired import BackendStatus, Way
 from xdplb.engine import Engine, Retired, Statuses
 from xdplb.model import Address, BackendKey, Config, HealthState
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 ROUNDS = 9
 REPEAT = 400_000

@@ -19,7 +19,7 @@ from xdplb.bundle import HashKey
 from xdplb.desired import BackendStatus, Way
 from xdplb.engine import Engine, Retired, Statuses
 from xdplb.model import BackendKey, Config, HealthState
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 _LARGE = 4096
 _MANY, _EACH = 1000, 50

@@ -26,7 +26,7 @@ from xdplb.dataplane import Dataplane
 from xdplb.desired import BackendStatus, Way
 from xdplb.engine import Engine, Retired, Statuses
 from xdplb.model import Admin, BackendKey, HealthState
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 WINDOW = 900
 LONG_IDLE, LONGEST_IDLE = 0.1, 600
@@ -46,7 +46,7 @@ _KEY = HashKey.derive("churn")
 @dataclass(slots=True)
 class Outcome:
     """What a replay came to. `broken`: flows that changed backend though theirs neither failed nor was removed
-    meanwhile; `behind`: how many ticks the replay was late at most.
+    meanwhile; `behind`: how many ticks the replay was late at most; `flood_per_s`: SYNs in a second of the machine.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Outcome:
     peak_live: int = 0
     peak_remembered: int = 0
     behind: int = 0
+    flood_per_s: int = 0
 
 
 class Pool:
@@ -169,7 +170,7 @@ class Replay:
         moments = np.append(np.sort(moments + self._random.uniform(0, 30, changes)), np.inf)
         events = [(float(time[0]), flow, 0) for flow, time in enumerate(times)]
         heapq.heapify(events)
-        start, settled, flooded = clock(0).tick, 0, 0
+        start, settled, flooded, spoofed = clock(0).tick, 0, 0, 0
         while events:
             due, flow, number = heapq.heappop(events)
             while (now := clock(0).tick - start) < due:
@@ -183,9 +184,11 @@ class Replay:
             if self._flood is not None and now - flooded >= _FLOOD_EVERY:
                 self._flood(_FLOOD_EVERY)
                 flooded = now
+                spoofed += _FLOOD_EVERY * FLOOD_PER_TICK
             last = number + 1 == len(times[flow])
             if self._packet(flow, _SYN if number == 0 else _FIN if last else _ACK) and not last:
                 heapq.heappush(events, (float(times[flow][number + 1]), flow, number + 1))
+        self.outcome.flood_per_s = spoofed * clock(0).frequency // (clock(0).tick - start)
         return self.outcome
 
     def _trace(self, ticks: int) -> list[Any]:
@@ -308,10 +311,12 @@ def measure(machine: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> Table:
     table = Table(title="what changes of the pool break", title_justify="left")
-    for heading in ("design", "flows", "pool changes", "broken", "of failed backends", "remembered at the peak"):
+    headings = ("flows", "pool changes", "broken", "of failed backends", "remembered at the peak", "SYNs/s")
+    for heading in ("design", *headings):
         table.add_column(heading, justify="left" if heading == "design" else "right")
     for case in result["cases"]:
         share = f"{case['peak_remembered'] / max(case['peak_live'], 1):.1%}" if case["peak_remembered"] else "-"
         counts = (case["flows"], case["changes"], case["broken"], case["excused"])
-        table.add_row(case["name"], *(f"{count:,}" for count in counts), share)
+        flood = f"{case['flood_per_s']:,}" if case["flood_per_s"] else "-"
+        table.add_row(case["name"], *(f"{count:,}" for count in counts), share, flood)
     return table

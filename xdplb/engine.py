@@ -21,7 +21,8 @@ from xdplb.clock import clock as the_clock
 from xdplb.dataplane import Dataplane
 from xdplb.desired import BackendStatus, DesiredService, desire, keeps_flows_when_down, shared_backends
 from xdplb.model import BackendKey, Config, OnAllDown, Service
-from xdplb.plan import Applied, ClearBackend, Operation, Planner, Publish, PutBackend, PutService, Tunnels
+from xdplb.operations import Applied, ClearBackend, Operation, Publish, PutBackend, PutService
+from xdplb.plan import Planner, Tunnels
 from xdplb.writer import MapWriter
 
 Counters = NDArray[np.uint64]

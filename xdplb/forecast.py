@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from xdplb import maglev
 from xdplb.desired import BackendStatus, Way, desire
 from xdplb.model import Address, Backend, BackendKey, Config, FlowMemory, HealthState, Listen, Scheduler, Service
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 OpenFlows = Callable[[BackendKey], int]
 """How many flows are remembered of a backend, and live."""

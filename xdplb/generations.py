@@ -20,8 +20,9 @@ from xdplb.errors import XdplbError
 from xdplb.inheritance import Inheritance, carry_counters
 from xdplb.manifest import Manifest, ServiceRecord
 from xdplb.model import BackendKey, Config
+from xdplb.operations import Applied, AppliedService, BackendEntry
 from xdplb.paths import Instance, make_directory, state_directory
-from xdplb.plan import Applied, AppliedService, BackendEntry, CapacityExceeded
+from xdplb.plan import CapacityExceeded
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from xdplb.clock import Clock
 from xdplb.codec import Value, network_order
 from xdplb.dataplane import Dataplane
 from xdplb.endpoints import Endpoints, address_words
-from xdplb.plan import (
+from xdplb.operations import (
     BackendEntry,
-    CapacityExceeded,
     ClearBackend,
     ClearService,
     Operation,
@@ -26,6 +25,7 @@ from xdplb.plan import (
     PutTurns,
     ServiceEntry,
 )
+from xdplb.plan import CapacityExceeded
 
 _NO_ADDRESS = (0, 0)
 

@@ -53,7 +53,7 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 VIP = {4: "203.0.113.80", 6: "2001:db8:a::80"}
 SOURCE = {4: "10.0.1.200", 6: "fd00:1::c8"}

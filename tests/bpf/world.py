@@ -57,7 +57,7 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 KEY = HashKey.derive("tests")
 HASH = reference.Hash(KEY.seed, KEY.factor)

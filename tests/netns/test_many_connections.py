@@ -57,6 +57,7 @@ def test_nobody_notices(lab: Laboratory, scheduler: str) -> None:
             for number in range(RELOADS):
                 balancer.reload(*services(lab, scheduler, count=5, backend4=10 + number % 7))
             steer(balancer, "drain", "backend4")
+            balancer.reload(*services(lab, scheduler, count=4))  # backend5, which came later, has none of these
         for watching in (seen, answered):
             assert watching.wrong == []
             assert watching.answers > RELOADS

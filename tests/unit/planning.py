@@ -29,21 +29,20 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.plan import (
+from xdplb.operations import (
     Applied,
     BackendEntry,
     ClearBackend,
     ClearService,
     Operation,
-    Planner,
     Publish,
     PutBackend,
     PutService,
     PutSlots,
     PutTurns,
     ServiceEntry,
-    Tunnels,
 )
+from xdplb.plan import Planner, Tunnels
 
 WAY = Way(3, bytes.fromhex("02000000000a"), bytes.fromhex("02000000000b"), IPv4Address("10.0.0.1"), 1500)
 UP = BackendStatus(health=HealthState.UP, way=WAY)

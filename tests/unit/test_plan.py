@@ -30,7 +30,7 @@ from xdplb.model import (
     Backend,
     BackendKey,
 )
-from xdplb.plan import (
+from xdplb.operations import (
     AppliedService,
     BackendEntry,
     ClearBackend,

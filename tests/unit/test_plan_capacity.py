@@ -20,9 +20,7 @@ from planning import (
 
 from xdplb import maglev
 from xdplb.abi import Geometry
-from xdplb.plan import (
-    CapacityExceeded,
-)
+from xdplb.plan import CapacityExceeded
 
 
 def test_ids_run_out_before_anything_is_written() -> None:

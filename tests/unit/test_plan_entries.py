@@ -28,11 +28,8 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.plan import (
-    BackendEntry,
-    ServiceEntry,
-    Tunnels,
-)
+from xdplb.operations import BackendEntry, ServiceEntry
+from xdplb.plan import Tunnels
 
 
 def first_entry(

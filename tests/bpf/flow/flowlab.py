@@ -41,7 +41,7 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.plan import Applied
+from xdplb.operations import Applied
 
 KEY = HashKey.derive("flow tests")
 HASH = Hash(KEY.seed, KEY.factor)

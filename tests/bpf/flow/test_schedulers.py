@@ -319,3 +319,13 @@ def test_the_last_one_of_a_stretch_is_found(choosing: Lab, number: int) -> None:
     for name in (names[0], names[-1], names[number // 2], names[min(510, number - 2)]):
         assert choosing.send(homes[name], FIN | ACK) == name
         assert choosing.syn(choosing.flow()) == name
+
+
+@pytest.mark.parametrize(("share", "most"), [(4, 1 / 1000), (2, 1 / 80)], ids=["a quarter full", "half full"])
+def test_in_a_memory_that_fills_hardly_any_flow_finds_no_place(lab: Lab, share: int, most: float) -> None:
+    """The README's advice on its size."""
+    lab.start(service(flows=FlowMemory.ALL))
+    count = len(lab.plane.flow_words) // share
+    lab.sent_to(lab.flows(count), SYN)
+    assert lab.counted().get("not_remembered", 0) < most * count
+    assert lab.remembered > (1 - most) * count
