@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from xdplb.dataplane import load_programs
+from xdplb.dataplane.loader import load_programs
 from xdplb.errors import XdplbError
 
 pytest.register_assert_rewrite("packets", "reference", "world")

@@ -1,5 +1,5 @@
 """`python -m xdplb` is `xdplb`."""
 
-from xdplb.cli import main
+from xdplb.cli.commands import main
 
 main()

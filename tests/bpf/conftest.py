@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from world import PIN_ROOT, Namespace, World, open_world, set_up_interfaces
 
-from xdplb import dataplane
+from xdplb.dataplane import loader
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def namespace(bpf_able: None) -> Iterator[Namespace]:
 def pins(bpf_able: None) -> Iterator[None]:
     """Nothing is left on bpffs, however the tests end."""
     yield
-    dataplane.remove_pins(PIN_ROOT)
+    loader.remove_pins(PIN_ROOT)
 
 
 @pytest.fixture(scope="session")

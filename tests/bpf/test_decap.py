@@ -17,9 +17,9 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
 from scapy.packet import Packet, Raw
 
-from xdplb import bpfsys
-from xdplb.bundle import bundle
-from xdplb.dataplane import load_programs
+from xdplb.dataplane import syscall
+from xdplb.dataplane.bundle import bundle
+from xdplb.dataplane.loader import load_programs
 
 GATEWAY = {4: "10.0.1.254", 6: "fd00:1::fe"}
 STRANGER = {4: "10.0.2.254", 6: "fd00:2::fe"}
@@ -46,15 +46,15 @@ class Decap:
         return packed if len(packed) == 16 else bytes(10) + b"\xff\xff" + packed
 
     def _update(self, name: str, key: bytes, value: int) -> None:
-        bpfsys.update(self._bpf[name.encode()].map_fd, key, value.to_bytes(4, "little"))
+        syscall.update(self._bpf[name.encode()].map_fd, key, value.to_bytes(4, "little"))
 
     def counters(self) -> dict[str, int]:
         table = self._bpf[b"decap_counters"]
-        values = bpfsys.read_per_cpu_value(table.map_fd, 0)
+        values = syscall.read_per_cpu_value(table.map_fd, 0)
         return {name: int(value) for (name, *_), value in zip(table.sLeaf._fields_, values, strict=True)}
 
     def run(self, packet: Packet | bytes) -> tuple[Verdict, bytes]:
-        result = bpfsys.test_run(self.program, raw(packet))
+        result = syscall.test_run(self.program, raw(packet))
         return Verdict(result.verdict), result.packet
 
     def close(self) -> None:

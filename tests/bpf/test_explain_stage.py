@@ -12,10 +12,11 @@ import reference
 from packets import BACKEND_MAC, BEHIND_ROUTER, CLIENT, FRONT_MAC, ROUTER_MAC, Verdict
 from world import DOWN, MODES, NAT, PORTS, SILENT, UNREACHABLE, Mode, World
 
-from xdplb import bpfsys, explain, frames
 from xdplb.abi import Subject
-from xdplb.found import Found, Reason
-from xdplb.frames import Endpoint, Flow
+from xdplb.api import explanation
+from xdplb.dataplane import frames, syscall
+from xdplb.dataplane.frames import Endpoint, Flow
+from xdplb.dataplane.trace import Found, Reason
 from xdplb.model import BackendKey, Forward, Protocol
 
 MAC = bytes.fromhex(FRONT_MAC.replace(":", ""))
@@ -39,14 +40,14 @@ def ask(world: World, flow: Flow, arrives: str = "front") -> Found:
 def told(world: World, flow: Flow, found: Found) -> Any:
     """The answer as people get it, by way of JSON."""
     applied = world.engine.applied
-    known = explain.Known(
+    known = explanation.Known(
         world.config,
         {service.id: name for name, service in applied.services.items()},
         {id_: key for key, (id_, _) in applied.backends.items()},
         world.engine.statuses.by_service,
         1.0,
     )
-    return json.loads(json.dumps(explain.answer(flow, found, known, "front", "front")))
+    return json.loads(json.dumps(explanation.answer(flow, found, known, "front", "front")))
 
 
 def memory(world: World) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def memory(world: World) -> dict[str, Any]:
 
 def _content(world: World, name: str) -> Any:
     try:
-        with bpfsys.map_memory(world.plane.fd(name)) as elements:
+        with syscall.map_memory(world.plane.fd(name)) as elements:
             return bytes(elements)
     except OSError:  # not made to be shared
         items = world.plane._bpf[name.encode()].items()
@@ -247,5 +248,5 @@ def test_a_backend_that_just_failed_is_passed_over_at_once(world: World) -> None
 
 def test_no_packet_gets_there_by_itself(world: World) -> None:
     stages = world.plane._bpf[b"stages"]
-    asked = bpfsys.program_id(world.plane.programs["xdplb_explain"])
+    asked = syscall.program_id(world.plane.programs["xdplb_explain"])
     assert asked not in {int.from_bytes(bytes(value), "little") for value in stages.values()}

@@ -33,12 +33,14 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from world import FEATURES, GEOMETRY, KEY, MTU, NARROW, PIN_ROOT, World
 
-from xdplb import bpfsys, dataplane, specialise
 from xdplb.abi import FIRST_SOURCE_PORT, FlowState, Subject
-from xdplb.clock import clock
-from xdplb.dataplane import Dataplane
-from xdplb.desired import BackendStatus, Way
-from xdplb.engine import Engine, Retired, Statuses
+from xdplb.core import requirements
+from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.operations import Applied
+from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.dataplane import loader, syscall
+from xdplb.dataplane.clock import clock
+from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
     Admin,
     Backend,
@@ -53,7 +55,6 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.operations import Applied
 
 VIP = {4: "203.0.113.80", 6: "2001:db8:a::80"}
 SOURCE = {4: "10.0.1.200", 6: "fd00:1::c8"}
@@ -89,8 +90,8 @@ class Gateway:
                 self.engine.update(key, BackendStatus(HealthState.UP, Admin.ACTIVE, None, way))
         self.engine.apply_all()
 
-    def test(self, packet: bytes) -> bpfsys.TestRun:
-        return bpfsys.test_run(self.plane.program_fd, packet, ingress_ifindex=self.front)
+    def test(self, packet: bytes) -> syscall.TestRun:
+        return syscall.test_run(self.plane.program_fd, packet, ingress_ifindex=self.front)
 
     def run(self, packet: Packet) -> tuple[Verdict, Packet]:
         result = self.test(raw(packet))
@@ -126,9 +127,9 @@ def ends(packet: Packet) -> Flow:
 def plane(world: World) -> Iterator[Dataplane]:
     config = Config(("front",), tuple(service(v, p) for v in (4, 6) for p in PORT))
     config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
-    wanted = specialise.geometry(config)
+    wanted = requirements.geometry(config)
     geometry = replace(GEOMETRY, sources4=wanted.sources4, sources6=wanted.sources6)
-    plane = dataplane.open_dataplane(replace(FEATURES, full_nat=True), geometry, KEY, PIN_ROOT / "full-nat")
+    plane = loader.open_dataplane(replace(FEATURES, full_nat=True), geometry, KEY, PIN_ROOT / "full-nat")
     yield plane
     plane.close()
     plane.unpin()

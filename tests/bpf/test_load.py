@@ -8,7 +8,8 @@ import pytest
 from packets import CLIENT, Flow, Verdict, frame, tcp
 from world import DOWN, KEY, MODES, PIN_ROOT, World, open_world
 
-from xdplb import abi, bpfsys, dataplane
+from xdplb import abi
+from xdplb.dataplane import loader, syscall
 from xdplb.errors import CompileError
 
 GEOMETRY = abi.Geometry(
@@ -45,13 +46,13 @@ def features(words: str) -> abi.Features:
 
 @pytest.mark.parametrize("words", FEATURES.values(), ids=FEATURES.keys())
 def test_it_loads(pins: None, words: str) -> None:
-    plane = dataplane.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
+    plane = loader.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
     try:
         stages = {f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
         assert set(plane.programs) == {"xdplb", "xdplb_sweep", "xdplb_explain"} | stages
         for version in (4, 6):
             packet = bytes(frame(tcp()(Flow(CLIENT[version], CLIENT[version]))))
-            result = bpfsys.test_run(plane.program_fd, packet)
+            result = syscall.test_run(plane.program_fd, packet)
             assert (result.verdict, result.packet) == (Verdict.PASS, packet)
     finally:
         plane.close()
@@ -60,11 +61,11 @@ def test_it_loads(pins: None, words: str) -> None:
 
 def test_pinned_maps_are_adopted_with_what_they_hold(pins: None) -> None:
     place = PIN_ROOT / "adopted"
-    first = dataplane.open_dataplane(features("ipv4 dsr"), GEOMETRY, KEY, place)
+    first = loader.open_dataplane(features("ipv4 dsr"), GEOMETRY, KEY, place)
     first.slots[:3] = [7, 8, 9]
     first.publish(1)
     first.close()
-    second = dataplane.open_dataplane(features("ipv4 nat"), GEOMETRY, KEY, place)
+    second = loader.open_dataplane(features("ipv4 nat"), GEOMETRY, KEY, place)
     try:
         assert second.slots[:4].tolist() == [7, 8, 9, 0]
         assert second.half == 1
@@ -76,14 +77,14 @@ def test_pinned_maps_are_adopted_with_what_they_hold(pins: None) -> None:
 
 def test_what_clang_says_is_in_the_error(bpf_able: None) -> None:
     with pytest.raises(CompileError, match=r"unknown_thing") as caught:
-        dataplane.load_programs("int broken(struct xdp_md *ctx) { return unknown_thing; }", [], ["broken"])
+        loader.load_programs("int broken(struct xdp_md *ctx) { return unknown_thing; }", [], ["broken"])
     assert "error:" in caught.value.log
 
 
 def test_what_the_verifier_says_is_in_the_error(bpf_able: None) -> None:
     source = "int broken(struct xdp_md *ctx) { return *(char *)(long)ctx->data; }"
     with pytest.raises(CompileError) as caught:
-        dataplane.load_programs(source, [], ["broken"])
+        loader.load_programs(source, [], ["broken"])
     assert "invalid access to packet" in caught.value.log
 
 

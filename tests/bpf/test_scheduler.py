@@ -14,9 +14,10 @@ import reference
 from packets import CLIENT, ERRORS, ROUTER, Case, Flow, Verdict, drop, frame, icmp, quotation, raw, tcp, udp
 from world import DOWN, DSR, HASH, MODES, World
 
-from xdplb import abi, maglev
-from xdplb.desired import configured_weight
-from xdplb.endpoints import address_words
+from xdplb import abi
+from xdplb.core import maglev
+from xdplb.core.address_table import address_words
+from xdplb.core.desired import configured_weight
 from xdplb.model import BackendKey, Protocol, Service
 
 FLOWS = 3000

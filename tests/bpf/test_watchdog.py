@@ -10,7 +10,7 @@ from packets import CLIENT, Flow, Verdict, frame, tcp
 from scapy.layers.l2 import Dot1Q
 from world import MODES, NAT, World, open_world
 
-from xdplb.clock import Clock, clock
+from xdplb.dataplane.clock import Clock, clock
 
 
 @pytest.fixture(scope="module")

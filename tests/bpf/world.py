@@ -37,11 +37,13 @@ from packets import (
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 
-from xdplb import abi, bpfsys, dataplane
-from xdplb.bundle import HashKey
-from xdplb.dataplane import Dataplane
-from xdplb.desired import BackendStatus, Way
-from xdplb.engine import Engine, Retired, Statuses
+from xdplb import abi
+from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.operations import Applied
+from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.dataplane import loader, syscall
+from xdplb.dataplane.bundle import HashKey
+from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
     Admin,
     Backend,
@@ -57,7 +59,6 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.operations import Applied
 
 KEY = HashKey.derive("tests")
 HASH = reference.Hash(KEY.seed, KEY.factor)
@@ -332,7 +333,7 @@ class World:
         return [int(slot) for slot in self.plane.slots[applied.first : applied.first + len(applied.table)]]
 
     def run(self, packet: Packet | bytes, arrives: str = "front") -> tuple[Verdict, bytes]:
-        result = bpfsys.test_run(self.plane.program_fd, raw(packet), ingress_ifindex=self.interfaces[arrives])
+        result = syscall.test_run(self.plane.program_fd, raw(packet), ingress_ifindex=self.interfaces[arrives])
         return Verdict(result.verdict), result.packet
 
     def counters(self) -> dict[str, int]:
@@ -378,7 +379,7 @@ class World:
 def open_world(
     interfaces: Mapping[str, int], features: abi.Features = FEATURES, name: str = "world"
 ) -> Iterator[World]:
-    plane = dataplane.open_dataplane(features, GEOMETRY, KEY, PIN_ROOT / name)
+    plane = loader.open_dataplane(features, GEOMETRY, KEY, PIN_ROOT / name)
     try:
         yield World(plane, interfaces)
     finally:

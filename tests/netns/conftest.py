@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from xdplb.errors import XdplbError
-from xdplb.lab import Laboratory, Shape, check_able
+from xdplb.lab.laboratory import Laboratory, Shape, check_able
 
 pytest.register_assert_rewrite("stage")
 

@@ -13,7 +13,7 @@ from itertools import count, cycle
 
 from stage import KeptConnection, kept_connection
 
-from xdplb.labhosts import Host
+from xdplb.lab.hosts import Host
 from xdplb.model import Address
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from xdplb.errors import XdplbError
-from xdplb.lab import VIP4, VIP6, HttpLoad, HttpResult, Laboratory, Process, await_until
-from xdplb.labhosts import Host
+from xdplb.lab.hosts import Host
+from xdplb.lab.laboratory import VIP4, VIP6, HttpLoad, HttpResult, Laboratory, Process, await_until
 from xdplb.model import Address
 
 FAST_CHECK = {"type": "http", "path": "/healthz", "interval": "300ms", "fast_interval": "100ms", "timeout": "500ms"}
@@ -153,9 +153,10 @@ def balancing(
 
 def attach_foreign_program(lab: Laboratory, interface: str) -> int:
     """Puts somebody else's XDP program on the gateway's interface, in place of any other. Its id."""
-    script = "from pathlib import Path; from xdplb.dataplane import load_programs; from xdplb import bpfsys\n"
+    script = "from pathlib import Path\nfrom xdplb.dataplane import syscall\n"
+    script += "from xdplb.dataplane.loader import load_programs\n"
     script += f"_, programs = load_programs({FOREIGN_PROGRAM!r}, [], ['foreign'])\n"
-    script += f"bpfsys.pin(programs['foreign'], Path({str(lab.pins / 'foreign')!r}))"
+    script += f"syscall.pin(programs['foreign'], Path({str(lab.pins / 'foreign')!r}))"
     lab.pins.mkdir(exist_ok=True)
     lab.gateway.run([sys.executable, "-c", script])
     lab.gateway.shell(f"ip link set dev {interface} xdp off")

@@ -12,7 +12,7 @@ from crowd import Crowd
 from stage import NO_CHECK, VIP, at, backends_of, balancing, fetch, service
 
 from xdplb.errors import XdplbError
-from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
 CONNECTIONS = 240

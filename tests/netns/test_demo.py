@@ -23,8 +23,8 @@ import xdplb
 pytestmark = pytest.mark.usefixtures("able", "nginx", "bpf_able")
 
 SHORT = """
-from xdplb import terminal
-from xdplb.demo import Schedule, run
+from xdplb.cli import terminal
+from xdplb.demo.app import Schedule, run
 raise SystemExit(terminal.guarded(lambda: run(Schedule(1.2, 1.2, 1.2, new_per_s=200, kept_per_s=50))))
 """
 INTERRUPTED = 130

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stage import NO_CHECK, VIP, Balancer, at, backends_of, balancing, kept_connection, service
 
-from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
 CONNECTIONS = 30

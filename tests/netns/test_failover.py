@@ -22,7 +22,7 @@ from stage import (
     service,
 )
 
-from xdplb.lab import HttpLoad, Laboratory, Shape, UdpEcho, WebServer, await_until
+from xdplb.lab.laboratory import HttpLoad, Laboratory, Shape, UdpEcho, WebServer, await_until
 from xdplb.model import Forward
 
 IMPATIENT_NEIGHBOURS = "echo 500 >base_reachable_time_ms; echo 100 >retrans_time_ms; echo 1 >delay_first_probe_time"

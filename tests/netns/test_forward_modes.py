@@ -19,7 +19,7 @@ from stage import (
     start_decapsulation,
 )
 
-from xdplb.lab import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
+from xdplb.lab.laboratory import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
 from xdplb.model import Forward
 
 ECHO_PORT, RANGE = 5300, (7000, 7003)

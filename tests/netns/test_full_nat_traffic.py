@@ -24,8 +24,8 @@ from stage import (
     traces,
 )
 
-from xdplb.lab import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
-from xdplb.labnet import BACK
+from xdplb.lab.laboratory import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
+from xdplb.lab.network import BACK
 from xdplb.model import Forward
 
 ECHO = 5300

@@ -15,7 +15,8 @@ import pytest
 
 import xdplb
 from xdplb.errors import XdplbError
-from xdplb.lab import (
+from xdplb.lab.hosts import uninterrupted
+from xdplb.lab.laboratory import (
     BIG_BYTES,
     VIP4,
     VIP6,
@@ -29,7 +30,6 @@ from xdplb.lab import (
     await_until,
     remove_stale,
 )
-from xdplb.labhosts import uninterrupted
 from xdplb.model import Address, Forward
 
 MakeLaboratory = Callable[..., Laboratory]
@@ -311,7 +311,7 @@ class TestCleanUp:
 
 BUSY_OWNER = """
 import os, signal, sys, threading
-from xdplb.lab import HttpLoad, Laboratory, WebServer
+from xdplb.lab.laboratory import HttpLoad, Laboratory, WebServer
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may have had it ignored
 for argument in sys.argv[1:]:

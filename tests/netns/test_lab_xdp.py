@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xdplb.lab import Laboratory, Shape
+from xdplb.lab.laboratory import Laboratory, Shape
 
 pytest.importorskip("bcc", reason="bcc is not installed")
 

@@ -29,7 +29,7 @@ from stage import (
     traffic,
 )
 
-from xdplb.lab import Laboratory, Shape, UdpEcho, WebServer, await_until
+from xdplb.lab.laboratory import Laboratory, Shape, UdpEcho, WebServer, await_until
 from xdplb.model import Forward
 
 URL = f"http://{VIP[4]}/"

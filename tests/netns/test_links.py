@@ -16,10 +16,10 @@ import pytest
 from cable import GATEWAY6, Lab, cabled, libc
 
 from xdplb.errors import ForeignProgram, NotCapable
-from xdplb.links import Attached, Links
 from xdplb.model import Address, AttachMode
-from xdplb.offloads import disable_receive_aggregation, restore_receive_aggregation
-from xdplb.sysctl import Sysctls
+from xdplb.net.links import Attached, Links
+from xdplb.net.offloads import disable_receive_aggregation, restore_receive_aggregation
+from xdplb.net.sysctl import Sysctls
 
 BPF_PROG_LOAD, BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_TYPE_XDP, SYS_BPF = 5, 15, 6, {"x86_64": 321, "aarch64": 280}
 BPF_LINK_CREATE, BPF_XDP = 28, 37

@@ -10,7 +10,7 @@ import pytest
 from crowd import Crowd, datagrams, watched
 from stage import FAST_CHECK, NO_CHECK, VIP, Balancer, at, backends_of, balancing, service
 
-from xdplb.lab import Laboratory, Shape, UdpEcho, WebServer
+from xdplb.lab.laboratory import Laboratory, Shape, UdpEcho, WebServer
 from xdplb.model import Forward
 
 CONNECTIONS = 2000

@@ -12,10 +12,10 @@ from ipaddress import ip_address
 import pytest
 from cable import BACKEND4, BACKEND6, GATEWAY4, GATEWAY6, TIMEOUT_S, Lab, add_cable, cabled, mac_of, neighbour_line
 
-from xdplb.links import Links
 from xdplb.model import Address
-from xdplb.nexthop_watcher import NextHopWatcher
-from xdplb.nexthops import LinkEvent, NeighbourKey, NextHop, NextHopState
+from xdplb.net.links import Links
+from xdplb.net.next_hop_watcher import NextHopWatcher
+from xdplb.net.next_hops import LinkEvent, NeighbourKey, NextHop, NextHopState
 
 BEHIND4, BEHIND6 = ip_address("10.8.0.5"), ip_address("fd08::5")
 

@@ -25,7 +25,7 @@ from stage import (
     start_decapsulation,
 )
 
-from xdplb.lab import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
+from xdplb.lab.laboratory import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
 from xdplb.model import Forward
 
 ECHO, MOVED = 5300, 5400

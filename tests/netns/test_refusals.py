@@ -21,7 +21,7 @@ from stage import (
     traces,
 )
 
-from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
 GENERIC, NATIVE = 2, 1

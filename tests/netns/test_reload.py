@@ -26,7 +26,7 @@ from stage import (
 )
 
 from xdplb.errors import XdplbError
-from xdplb.lab import Laboratory, Shape, UdpEcho, WebServer, await_until
+from xdplb.lab.laboratory import Laboratory, Shape, UdpEcho, WebServer, await_until
 from xdplb.model import Forward
 
 OTHER_VIP = "203.0.113.99"

@@ -12,7 +12,7 @@ import pytest
 from crowd import Crowd
 from stage import NO_CHECK, VIP, Balancer, at, backends_of, service
 
-from xdplb.lab import Laboratory, Shape, WebServer
+from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
 CONNECTIONS = 80

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from flowlab import FEATURES, GEOMETRY, PIN_ROOT, Lab, loaded, service
 
-from xdplb.dataplane import remove_pins
+from xdplb.dataplane.loader import remove_pins
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,15 @@ import numpy as np
 from flowmodel import Address, Flow
 from reference import Hash
 
-from xdplb import abi, bpfsys, dataplane
+from xdplb import abi
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, Features, FlowTimes, Geometry
-from xdplb.bundle import HashKey
-from xdplb.clock import clock
-from xdplb.dataplane import Dataplane
-from xdplb.desired import BackendStatus, Way
-from xdplb.engine import Engine, Retired, Statuses
+from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.operations import Applied
+from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.dataplane import loader, syscall
+from xdplb.dataplane.bundle import HashKey
+from xdplb.dataplane.clock import clock
+from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
     Admin,
     Backend,
@@ -41,7 +43,6 @@ from xdplb.model import (
     Scheduler,
     Service,
 )
-from xdplb.operations import Applied
 
 KEY = HashKey.derive("flow tests")
 HASH = Hash(KEY.seed, KEY.factor)
@@ -193,8 +194,8 @@ class Lab:
 
     def spend_budget(self, used: int, tick: int | None = None) -> None:
         """So many flows were remembered in this tick, by each CPU."""
-        value = struct.pack("<II", self.clock.tick if tick is None else tick, used) * bpfsys.possible_cpus()
-        bpfsys.update(self.plane.fd("flow_budgets"), bytes(4), value)
+        value = struct.pack("<II", self.clock.tick if tick is None else tick, used) * syscall.possible_cpus()
+        syscall.update(self.plane.fd("flow_budgets"), bytes(4), value)
 
     # What flows there are.
 
@@ -248,7 +249,7 @@ class Lab:
     def send(self, flow: Flow, flags: int = ACK) -> str | None:
         """The backend that gets the packet; None where nobody does. `flags` are TCP's, where it is TCP."""
         listen = self._service(flow.service).listen
-        run = bpfsys.test_run(self.plane.program_fd, _packet(flow, listen, flags))
+        run = syscall.test_run(self.plane.program_fd, _packet(flow, listen, flags))
         return _delivered(run)
 
     def syn(self, flow: Flow) -> str | None:
@@ -257,7 +258,7 @@ class Lab:
     def error_about(self, flow: Flow) -> str | None:
         """The backend that gets an ICMP error about a packet that the flow's backend sent to the client."""
         listen = self._service(flow.service).listen
-        return _delivered(bpfsys.test_run(self.plane.program_fd, _error(flow, listen)))
+        return _delivered(syscall.test_run(self.plane.program_fd, _error(flow, listen)))
 
     def sent_to(self, flows: Iterable[Flow], flags: int = ACK) -> Counter[str | None]:
         return Counter(self.send(flow, flags) for flow in flows)
@@ -307,7 +308,7 @@ def _ip(source: Address, destination: Address, protocol: int, payload: bytes) ->
     return link + b"\x86\xdd" + header + source.packed + destination.packed + payload
 
 
-def _delivered(run: bpfsys.TestRun) -> str | None:
+def _delivered(run: syscall.TestRun) -> str | None:
     if run.verdict == DROP or run.packet[:6] == _CLIENT_MAC:
         return None
     assert run.verdict == TX, run.verdict
@@ -317,7 +318,7 @@ def _delivered(run: bpfsys.TestRun) -> str | None:
 @contextmanager
 def loaded(name: str, features: Features = FEATURES, geometry: abi.Geometry = GEOMETRY) -> Iterator[Dataplane]:
     """A generation that is gone afterwards."""
-    plane = dataplane.open_dataplane(features, geometry, KEY, PIN_ROOT / name)
+    plane = loader.open_dataplane(features, geometry, KEY, PIN_ROOT / name)
     try:
         yield plane
     finally:

@@ -14,8 +14,8 @@ from flowlab import ACK, FIN, HASH, RST, SYN, Lab
 from flowmodel import Flow
 from test_schedulers import WEIGHTS, reload, start
 
-from xdplb import turns
-from xdplb.maglev import Member
+from xdplb.core import wrr
+from xdplb.core.maglev import Member
 from xdplb.model import Scheduler
 
 TURNS = [Scheduler.RR, Scheduler.WRR]
@@ -46,8 +46,8 @@ class TestTurns:
         start(choosing, scheduler, weights)
         (only,) = choosing.engine.config.services
         members = [Member(b.label(only.listen), choosing.id_of(b.name), weights[b.name]) for b in only.backends]
-        longest = turns.room(len(choosing.table())) - len(members)
-        planned = [choosing.name_of(int(id_)) for id_ in turns.cycle(members, longest)]
+        longest = wrr.room(len(choosing.table())) - len(members)
+        planned = [choosing.name_of(int(id_)) for id_ in wrr.cycle(members, longest)]
         took = self.took(choosing, 2 * len(planned))
         begins = [first for first in range(len(planned)) if planned[first:] + planned[:first] == took[: len(planned)]]
         assert begins, "it is the cycle, from somewhere on"

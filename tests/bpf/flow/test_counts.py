@@ -14,7 +14,7 @@ from flowmodel import Flow
 from test_schedulers import CHOOSING, reload
 
 from xdplb.abi import FLOW_WRAPPING, FlowState
-from xdplb.flows import COUNTED, backends
+from xdplb.core.flow_cache import COUNTED, backends
 from xdplb.model import Admin, Affinity, BackendKey, FlowMemory, HealthState, OnRemove, Protocol, Scheduler
 
 OPENING, ESTABLISHED, CLOSING, DATAGRAM = (

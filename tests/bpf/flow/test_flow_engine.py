@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flowlab import FEATURES, GEOMETRY, PIN_ROOT, SYN, WINDOW, Lab, loaded, service
 
-from xdplb import bpfsys
 from xdplb.abi import BackendFlag, FlowTimes
-from xdplb.engine import SHARED_MAPS
-from xdplb.flows import Flows
+from xdplb.core.flow_cache import Flows
+from xdplb.core.planner import CapacityExceeded
+from xdplb.daemon.engine import SHARED_MAPS
+from xdplb.dataplane import syscall
 from xdplb.model import BackendKey, Config, HealthState, OnAllDown, Service
-from xdplb.plan import CapacityExceeded
 
 KEY = BackendKey("web", "a")
 
@@ -99,7 +99,7 @@ def larger(lab: Lab) -> Iterator[Lab]:
     pins = PIN_ROOT / "larger"
     pins.mkdir(parents=True)
     for name in SHARED_MAPS:
-        bpfsys.pin(lab.plane.fd(name), pins / name)
+        syscall.pin(lab.plane.fd(name), pins / name)
     sizes = ("backends", "slots", "address_buckets", "intervals")
     with loaded("larger", geometry=replace(GEOMETRY, **{name: 2 * getattr(GEOMETRY, name) for name in sizes})) as plane:
         grown = Lab(plane)

@@ -11,9 +11,10 @@ import pytest
 from flowlab import ACK, FEATURES, FIN, SYN, WINDOW, Lab, loaded, service
 from flowmodel import Flow
 
-from xdplb import bpfsys, explain, frames
-from xdplb.found import Found, Reason
-from xdplb.frames import Endpoint
+from xdplb.api import explanation
+from xdplb.dataplane import frames, syscall
+from xdplb.dataplane.frames import Endpoint
+from xdplb.dataplane.trace import Found, Reason
 from xdplb.model import Admin, Affinity, BackendKey, FlowMemory, OnAllDown, OnDown, OnRemove, Protocol, Scheduler
 
 
@@ -35,7 +36,7 @@ def traces(lab: Lab) -> tuple[Any, ...]:
     counters = ("flow_counters", "verdict_counters", "backend_counters", "drop_counters")
     per_cpu = (*counters, "flow_budgets", "choices", "turns_taken")
     shared = (plane.flow_words, plane.slots, plane.transitions, plane.direct_seen, plane.loads)
-    shapes = {name: bpfsys.map_shape(plane.fd(name)).max_entries for name in per_cpu}
+    shapes = {name: syscall.map_shape(plane.fd(name)).max_entries for name in per_cpu}
     return (
         *(memory.tobytes() for memory in shared),
         *(plane.read_counters(name, entries).tobytes() for name, entries in shapes.items()),
@@ -45,14 +46,14 @@ def traces(lab: Lab) -> tuple[Any, ...]:
 def told(lab: Lab, flow: Flow) -> Any:
     """The answer as people get it; a tick is a second."""
     engine = lab.engine
-    known = explain.Known(
+    known = explanation.Known(
         engine.config,
         {service.id: name for name, service in engine.applied.services.items()},
         {id_: key for key, (id_, _) in engine.applied.backends.items()},
         engine.statuses.by_service,
         1.0,
     )
-    return json.loads(json.dumps(explain.answer(question(lab, flow), ask(lab, flow), known, "lo", "lo")))
+    return json.loads(json.dumps(explanation.answer(question(lab, flow), ask(lab, flow), known, "lo", "lo")))
 
 
 def given_away(lab: Lab) -> Flow:

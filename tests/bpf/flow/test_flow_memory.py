@@ -8,7 +8,7 @@ from flowlab import ACK, FIN, STILL, SYN, WINDOW, Lab, service
 from flowmodel import Flow
 
 from xdplb.abi import FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState
-from xdplb.flows import Flows
+from xdplb.core.flow_cache import Flows
 from xdplb.model import FlowMemory
 
 PLACES = 8

@@ -10,7 +10,7 @@ from flowlab import ACK, FIN, HASH, STILL, SYN, WINDOW, Lab, backend, healthy, s
 from flowmodel import Flow, Kind, Pool, Rule
 
 from xdplb.abi import FLOW_WRAPPING
-from xdplb.flows import TICK_MASK
+from xdplb.core.flow_cache import TICK_MASK
 from xdplb.model import Admin, BackendKey, FlowMemory, HealthState, OnDown, Scheduler
 
 NAMES = [f"{letter}{number}" for letter in "abcd" for number in range(3)]

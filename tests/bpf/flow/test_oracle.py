@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xdplb import churn
+from xdplb.bench import churn
 
 FLOWS, TICKS, CHANGES = 200_000, 12_000, 48
 MOST_REMEMBERED = 0.15

@@ -1,0 +1,1 @@
+"""How commands reach a running daemon, and what they are answered."""

@@ -1,0 +1,181 @@
+"""The control socket's commands: what a running daemon answers and does."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, cast
+
+from xdplb.api import explanation
+from xdplb.api.control import JSON, Handler, Request
+from xdplb.config import read as configuration
+from xdplb.config.differences import changes
+from xdplb.core.desired import FULLY_GROWN
+from xdplb.core.forecast import forecast
+from xdplb.dataplane import frames
+from xdplb.dataplane.clock import clock
+from xdplb.errors import UsageError, XdplbError
+from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
+from xdplb.net.next_hops import Interface
+
+if TYPE_CHECKING:
+    from xdplb.daemon.app import Daemon
+
+MAX_WEIGHT = 65535
+_ACTIONS = {"drain": Admin.DRAIN, "ready": Admin.ACTIVE, "maint": Admin.MAINT}
+
+
+class Commands:
+    """Handlers over one daemon; each returns the JSON of interface.md or raises XdplbError."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self.handlers: dict[str, Handler] = {
+            "status": self._status,
+            "diff": self._diff,
+            "reload": self._reload,
+            "backend": self._backend,
+            "explain": self._explain,
+        }
+
+    async def _status(self, request: Request) -> JSON:
+        wanted = request.get("service")
+        services = [s for s in self._daemon.config.services if wanted in (None, s.name)]
+        if wanted is not None and not services:
+            raise UsageError(f"there is no service '{wanted}'", f"there are: {', '.join(self._names())}")
+        return {"services": [self._service(service) for service in services]}
+
+    def _service(self, service: Service) -> JSON:
+        remembered = self._daemon.engine.remembered()
+        desired = self._daemon.engine.desired(service)
+        backends: list[JSON] = []
+        for backend, wanted in zip(service.backends, desired.backends, strict=True):
+            key = BackendKey(service.name, backend.name)
+            health, status = self._daemon.health[key], self._daemon.statuses.get(key)
+            growing: dict[str, JSON] = {"slow_start": status.grown / FULLY_GROWN}
+            backends.append(
+                {
+                    "name": backend.name,
+                    "address": backend.label(service.listen),
+                    "state": health.state.value,
+                    "admin": status.admin.value,
+                    "reason": health.reason,
+                    "weight": backend.weight if status.weight is None else status.weight,
+                    "effective_weight": desired.shown_weight(wanted),
+                    "active_flows": self._daemon.engine.active(key),
+                    "open_flows": self._daemon.engine.open(key),
+                    "remembered_flows": remembered.get(key, 0),
+                    "last_change": _timestamp(health.since),
+                    "backup": backend.backup,
+                    "reachable": status.way is not None,
+                    "check": {"duration_ms": round(1000 * health.duration_s, 3)},
+                    **(growing if status.grown < FULLY_GROWN else {}),
+                }
+            )
+        return {
+            "name": service.name,
+            "listen": str(service.listen),
+            "forward": service.forward.value,
+            "scheduler": service.scheduler.value,
+            "backends": backends,
+        }
+
+    async def _diff(self, request: Request) -> JSON:
+        text, name = request.get("text"), request.get("name")
+        if not isinstance(text, str) or not isinstance(name, str):
+            raise UsageError("diff takes the text of a configuration and its name")
+        return self._difference(await asyncio.to_thread(configuration.parse, text, name))
+
+    async def _reload(self, request: Request) -> JSON:
+        config = await self._daemon.reload_file()
+        difference = self._difference(config)
+        await self._daemon.reload(config)
+        return difference
+
+    def _difference(self, config: Config) -> JSON:
+        daemon = self._daemon
+        engine = daemon.engine
+        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, engine.open)
+        return {
+            "changes": cast(JSON, list(changes(daemon.config, config))),
+            "services": [
+                {
+                    "name": name,
+                    "slots_moved_percent": round(service.slots_moved_percent, 2),
+                    "flows_broken": service.flows_broken,
+                    "flows_on_removed": service.flows_on_removed,
+                }
+                for name, service in told.services.items()
+            ],
+            "flows_broken": told.flows_broken,
+            "flows_on_removed": told.flows_on_removed,
+        }
+
+    async def _backend(self, request: Request) -> JSON:
+        key, backend = self._find(str(request.get("service")), str(request.get("backend")))
+        daemon, action = self._daemon, request.get("action")
+        status = daemon.statuses.get(key)
+        if action == "weight":
+            weight = request.get("weight")
+            if not isinstance(weight, int) or not 0 <= weight <= MAX_WEIGHT:
+                raise UsageError(f"{weight!r} is no weight", f"a whole number from 0 to {MAX_WEIGHT}")
+            status = replace(status, weight=None if weight == backend.weight else weight)
+        elif action in _ACTIONS:
+            status = replace(status, admin=_ACTIONS[str(action)])
+        else:
+            raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
+        daemon.steering.set(key, backend, status.admin, status.weight)
+        daemon.steer(key, status.admin, status.weight)
+        return {
+            "service": key.service,
+            "backend": key.backend,
+            "admin": status.admin.value,
+            "weight": status.weight,
+            "window_s": daemon.engine.window_s(key.service),
+        }
+
+    async def _explain(self, request: Request) -> JSON:
+        flow = explanation.parse(str(request.get("source")), str(request.get("destination")))
+        daemon, engine = self._daemon, self._daemon.engine
+        arrival = _arrival(flow, daemon)
+        try:
+            found = engine.plane.explain(frames.build(flow, bytes(6), arrival.mac or bytes(6)), arrival.index)
+            egress = socket.if_indextoname(found.ifindex) if found.ifindex else None
+        except OSError as error:
+            raise XdplbError(f"the packet path cannot be asked on {arrival.name}: {error.strerror}") from error
+        known = explanation.Known(
+            config=engine.config,
+            services={service.id: name for name, service in engine.applied.services.items()},
+            backends={id_: key for key, (id_, _) in engine.applied.backends.items()},
+            statuses=engine.statuses.by_service,
+            tick_s=clock().tick_s,
+        )
+        return cast(JSON, explanation.answer(flow, found, known, arrival.name, egress))
+
+    def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:
+        known = {s.name: {b.name: b for b in s.backends} for s in self._daemon.config.services}
+        if service not in known:
+            raise UsageError(f"there is no service '{service}'", f"there are: {', '.join(known)}")
+        if backend not in known[service]:
+            raise UsageError(f"{service} has no backend '{backend}'", f"it has: {', '.join(known[service])}")
+        return BackendKey(service, backend), known[service][backend]
+
+    def _names(self) -> list[str]:
+        return [service.name for service in self._daemon.config.services]
+
+
+def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
+    """Where such a packet comes in: from the backends' side where a NAT backend has the source's address."""
+    sides = {interface.index: interface for interface in daemon.interfaces}
+    for service in daemon.config.services:
+        for backend in service.backends if service.forward is Forward.NAT else ():
+            way = daemon.statuses.get(BackendKey(service.name, backend.name)).way
+            if backend.address == flow.source.address and way is not None and way.ifindex in sides:
+                return sides[way.ifindex]
+    return daemon.interfaces[0]
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

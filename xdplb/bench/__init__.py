@@ -1,0 +1,1 @@
+"""`xdplb bench`."""

@@ -1,0 +1,82 @@
+"""What differs between two configurations, in the words of the file. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from xdplb.api.messages import Change
+from xdplb.model import Affinity, Backend, Config, Service
+
+_RELOADED = ("source_pool", "tunnel_source4", "tunnel_source6", "control_loss_s")
+_ONLY_AT_START = ("interfaces", "hash_key")
+_ABSENT = {"port": "the service's", "affinity": "flow", "control_loss_s": "keep"}
+"""What a value of None means, beside "none"."""
+_TITLES = {"control_loss_s": "on_control_loss"}
+
+
+def changes(old: Config, new: Config) -> Iterator[Change]:
+    """What differs, service by service and backend by backend."""
+    for name in _differing(_RELOADED, old, new):
+        yield _change(_title(name), _from_to(name, old, new))
+    for name in _differing([field.name for field in fields(old.flow_cache)], old.flow_cache, new.flow_cache):
+        yield _change("flow_cache", f"{_title(name)} {_from_to(name, old.flow_cache, new.flow_cache)}")
+    for name in _differing(_ONLY_AT_START, old, new):
+        yield _change(name, "not by a reload: only the next `up` takes it")
+    before, after = ({s.name: s for s in config.services} for config in (old, new))
+    for name in before:
+        if name not in after:
+            yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
+    for name, service in after.items():
+        if name not in before:
+            detail = f"{service.listen}, {len(service.backends)} backends"
+            yield {"kind": "add", "what": f"service {name}", "detail": detail}
+        elif before[name] != service:
+            yield from _service_changes(before[name], service)
+
+
+def _service_changes(old: Service, new: Service) -> Iterator[Change]:
+    names = [field.name for field in fields(old) if field.name not in ("name", "backends")]
+    for name in _differing(names, old, new):
+        detail = "check" if name == "check" else f"{_title(name)} {_from_to(name, old, new)}"
+        yield _change(f"service {new.name}", detail)
+    before, after = ({b.name: b for b in service.backends} for service in (old, new))
+    for name in before:
+        if name not in after:
+            yield {"kind": "remove", "what": f"backend {new.name}/{name}", "detail": before[name].label(old.listen)}
+    for name, backend in after.items():
+        what = f"backend {new.name}/{name}"
+        if name not in before:
+            yield {"kind": "add", "what": what, "detail": f"{backend.label(new.listen)}, weight {backend.weight}"}
+        elif before[name] != backend:
+            known = before[name]
+            differing = _differing([field.name for field in fields(Backend)], known, backend)
+            yield _change(what, ", ".join(f"{field} {_from_to(field, known, backend)}" for field in differing))
+
+
+def _differing(names: list[str] | tuple[str, ...], old: object, new: object) -> list[str]:
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _change(what: str, detail: str) -> Change:
+    return {"kind": "change", "what": what, "detail": detail}
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(name, name.removesuffix("_s"))
+
+
+def _from_to(name: str, old: object, new: object) -> str:
+    return f"{_shown(name, getattr(old, name))} -> {_shown(name, getattr(new, name))}"
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None:
+        return _ABSENT.get(name, "none")
+    if isinstance(value, Affinity):
+        return f"client (/{value.prefix4}, /{value.prefix6}, {value.timeout_s:g}s)"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"pass after {value:g}s" if name == "control_loss_s" else f"{value:g}s"
+    return str(value)

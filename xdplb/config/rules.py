@@ -1,0 +1,176 @@
+"""What must hold across the parts of a configuration whose form is right. Each rule tells the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Network, IPv6Network
+
+from xdplb.abi import MAX_BACKENDS, MAX_SOURCES
+from xdplb.config import yamllines
+from xdplb.config.drafts import Draft, Report
+from xdplb.config.parts import BackendPart
+from xdplb.model import Address, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
+
+
+def service_names(drafts: Sequence[Draft], report: Report) -> None:
+    first: dict[str, Draft] = {}
+    for draft in drafts:
+        other = first.setdefault(draft.own.name, draft)
+        if other is not draft:
+            report(
+                (*draft.path, "name"), f"the name {draft.own.name!r} already belongs to {yamllines.show(other.path)}"
+            )
+
+
+def listens(drafts: Sequence[Draft], report: Report) -> None:
+    """An exact port beats a range, a range beats all ports; two of one kind must not meet."""
+    seen: dict[tuple[Address, Protocol, str], list[Draft]] = {}
+    for draft in drafts:
+        listen = draft.own.listen
+        kind = "all" if listen.all_ports else str(listen.first_port) if listen.single_port else "range"
+        others = seen.setdefault((listen.address, listen.protocol, kind), [])
+        for other in others:
+            theirs = other.own.listen
+            if listen.first_port <= theirs.last_port and theirs.first_port <= listen.last_port:
+                relation = "is already served by" if listen == theirs else f"overlaps {theirs} of"
+                report((*draft.path, "listen"), f"{listen} {relation} service {other.own.name!r}")
+                break
+        else:
+            others.append(draft)
+
+
+def backends_are_distinct(draft: Draft, report: Report) -> None:
+    listen = draft.own.listen
+    by_address: dict[tuple[Address, int | None], BackendPart] = {}
+    by_name: dict[str, BackendPart] = {}
+    for path, backend in draft.backends:
+        twin = by_address.setdefault((backend.address.address, own_port(backend, listen)), backend)
+        namesake = by_name.setdefault(backend.shown_name, backend)
+        if twin is not backend:
+            report((*path, "address"), f"{backend.address.text} is already backend {twin.shown_name!r} of this service")
+        if namesake is not backend and (twin is backend or backend.name is not None):
+            report(
+                (*path, "name"), f"the name {backend.shown_name!r} already belongs to backend {namesake.address.text}"
+            )
+
+
+def backends_are_reachable(draft: Draft, report: Report) -> None:
+    for path, backend in draft.backends:
+        if backend.address.address == draft.own.listen.address:
+            report((*path, "address"), f"{backend.address.address} is the service's own listen address")
+            continue
+        problem = _misfit(backend, draft.own.listen, draft.settings.forward)
+        if problem and "forward" not in draft.doubt:
+            report((*path, "address"), problem)
+
+
+def _misfit(backend: BackendPart, listen: Listen, forward: Forward) -> str:
+    """Why this forward mode cannot bring this listener's packets to the backend; empty if it can."""
+    family, port = backend.address.address.version, own_port(backend, listen)
+    if not forward.encapsulates and family != listen.address.version:
+        return (
+            f"forward: {forward} cannot bring IPv{listen.address.version} packets to an IPv{family} backend; "
+            f"{Forward.IPIP} and {Forward.GUE} can"
+        )
+    if port is None:
+        return ""
+    if not forward.translates:
+        own = listen.first_port if listen.single_port else "the packet's own"
+        return (
+            f"forward: {forward} cannot change the port; leave out :{port} (the port stays {own}) or use forward: nat"
+        )
+    if not listen.single_port:
+        return (
+            f"forward: {forward} keeps each packet's port where a service has several ({listen}), "
+            f"so that replies name the port they answer for; leave out :{port}"
+        )
+    return ""
+
+
+def weights(draft: Draft, report: Report) -> None:
+    if draft.complete and draft.backends and not any(backend.weight for _, backend in draft.backends):
+        report((*draft.path, "backends"), "all weights are 0, so that no backend would take a packet")
+
+
+def checks(draft: Draft, report: Report) -> None:
+    check, own = draft.settings.check, draft.own.check.model_fields_set
+    if "check" in draft.doubt or check.type is CheckType.NONE:
+        return
+    if draft.own.listen.all_ports and check.port is None:
+        report((*draft.path, "check"), "a service on all ports has no port to check; set check.port, or check: none")
+    for key in ("path", "host", "expect"):
+        if key in own and check.type is CheckType.TCP:
+            report((*draft.path, "check", key), f"{key} means nothing to a tcp check; set type: http or https")
+
+
+def memory(draft: Draft, report: Report) -> None:
+    """What needs to remember flows cannot go with `flows: none`."""
+    settings = draft.settings
+    if settings.flows is not FlowMemory.NONE or {"flows", "scheduler", "affinity"} & draft.doubt:
+        return
+    scheduler, protocol = settings.scheduler, draft.own.listen.protocol
+    if scheduler in (Scheduler.LC, Scheduler.WLC, Scheduler.P2C):
+        report((*draft.path, "flows"), f"scheduler {scheduler} counts flows, which takes remembering them")
+    elif not scheduler.hashes and protocol is Protocol.TCP:
+        report((*draft.path, "flows"), f"scheduler {scheduler} would tear connections that nobody remembers apart")
+    elif not scheduler.hashes and settings.affinity is not None:
+        report((*draft.path, "flows"), f"affinity: client takes remembering clients where the scheduler is {scheduler}")
+
+
+def sources(draft: Draft, pool: Sequence[Sequence[Address]], report: Report) -> None:
+    version = draft.own.listen.address.version
+    if draft.settings.forward is not Forward.FULL_NAT or "forward" in draft.doubt:
+        return
+    if not any(address.version == version for part in pool for address in part):
+        example = "10.0.0.250" if version == 4 else "fd00::250"
+        report(
+            (*draft.path, "forward"),
+            f"full-nat sends from addresses of this host: write source_pool: ['{example}'] at the top of the file, "
+            f"with a free IPv{version} address of the backends' network",
+        )
+    if draft.settings.flows is FlowMemory.NONE:
+        report((*draft.path, "flows"), "full-nat remembers all flows; leave out flows: none")
+
+
+def source_pool(pool: Sequence[Sequence[Address]], drafts: Sequence[Draft], report: Report) -> None:
+    count = sum(map(len, pool))
+    if count > MAX_SOURCES:
+        report(("source_pool",), f"{count} addresses are too many; {MAX_SOURCES} are possible")
+    taken = {draft.own.listen.address: "a service" for draft in drafts}
+    taken |= {backend.address.address: "a backend" for draft in drafts for _, backend in draft.backends}
+    for index, part in enumerate(pool):
+        for address in part:
+            if address in taken:
+                report(("source_pool", index), f"{address} is already the address of {taken[address]}")
+
+
+def total(drafts: Sequence[Draft], report: Report) -> None:
+    paths = [path for draft in drafts for path, _ in draft.backends]
+    if len(paths) > MAX_BACKENDS:
+        report(paths[MAX_BACKENDS], f"{len(paths)} backends in all are too many; {MAX_BACKENDS} are possible")
+
+
+def interfaces(interfaces: Sequence[str], report: Report) -> None:
+    for index, name in enumerate(interfaces):
+        if name in interfaces[:index]:
+            report(("interfaces", index), f"{name} is given twice")
+
+
+def tunnel_sources(networks: Sequence[Network], report: Report) -> tuple[IPv4Network | None, IPv6Network | None]:
+    """The prefix of each family; two of one family are a mistake."""
+    source4: IPv4Network | None = None
+    source6: IPv6Network | None = None
+    for index, network in enumerate(networks):
+        if (source4 if network.version == 4 else source6) is not None:
+            report(("tunnel_source", index), f"a second IPv{network.version} prefix; one for each family is possible")
+        elif isinstance(network, IPv4Network):
+            source4 = network
+        else:
+            source6 = network
+    return source4, source6
+
+
+def own_port(backend: BackendPart, listen: Listen) -> int | None:
+    """The backend's port where it differs from the packet's own."""
+    same = listen.single_port and backend.address.port == listen.first_port
+    return None if same else backend.address.port

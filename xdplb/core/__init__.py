@@ -1,0 +1,1 @@
+"""Decisions, pure: values in, values out; no clocks, no sockets, no logging."""

@@ -1,0 +1,222 @@
+"""From one generation of programs and maps to the next: adopting what is pinned, growing, specialising anew."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from xdplb.abi import SLOT_BACKEND, STATE_LAYOUT, Features, Geometry
+from xdplb.core import requirements
+from xdplb.core.operations import Applied, AppliedService, BackendEntry
+from xdplb.core.planner import CapacityExceeded
+from xdplb.daemon.engine import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, Engine, Retired, Statuses
+from xdplb.daemon.handover import Inheritance, carry_counters
+from xdplb.dataplane import bundle, syscall
+from xdplb.dataplane.bundle import HashKey
+from xdplb.dataplane.clock import clock
+from xdplb.dataplane.loader import COUNTER_MAPS, Dataplane, ensure_bpffs, open_dataplane, remove_pins
+from xdplb.dataplane.manifest import Manifest, ServiceRecord
+from xdplb.errors import XdplbError
+from xdplb.model import BackendKey, Config
+from xdplb.paths import Instance, make_directory, state_directory
+
+log = logging.getLogger(__name__)
+
+_GROWTHS = 3
+
+
+def hash_key(config: Config) -> HashKey:
+    """The configured secret, or the one drawn at the first start and kept: another one would move every flow."""
+    if config.hash_key:
+        return HashKey.derive(config.hash_key)
+    path = state_directory() / "hash_key"
+    try:
+        secret = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        return HashKey.derive(secret or _draw(path))
+    except (OSError, ValueError) as error:
+        raise XdplbError(
+            f"the hash key cannot be kept in {path}: {error}",
+            "make that possible, or write `hash_key: SECRET` into the configuration",
+        ) from error
+
+
+def _draw(path: Path) -> str:
+    secret = secrets.token_hex(32)
+    make_directory(path.parent)
+    fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    fresh.touch(mode=0o600)
+    fresh.write_text(secret + "\n", encoding="ascii")
+    fresh.replace(path)
+    return secret
+
+
+class Generations:
+    """Opens generations of one instance."""
+
+    def __init__(self, instance: Instance, key: HashKey, tx_by_redirect: bool) -> None:
+        self._instance = instance
+        self._key = key
+        self._tx_by_redirect = tx_by_redirect
+        self._left_behind: Manifest | None = None
+
+    def features(self, config: Config) -> Features:
+        return requirements.features(config, self._tx_by_redirect, clock().flow_times(config.flow_cache))
+
+    def pins(self, geometry: Geometry) -> Path:
+        return self._instance.pins / bundle.abi_hash(geometry, self._key)
+
+    async def first(self, config: Config, statuses: Statuses, notes: Manifest | None) -> Engine:
+        """The engine to start with: on the maps that an earlier daemon left where this version can, on new ones
+        elsewhere.
+        """
+        if notes is not None and (geometry := self._adoptable(notes)):
+            plane = await self._open(self.features(config), geometry)
+            log.info("took over the running packet path with %d services", len(notes.services))
+            return Engine(plane, self._key, config, statuses, _applied(plane, notes), _retired(notes))
+        self._left_behind = notes
+        geometry = requirements.geometry(config)
+        left = Inheritance.of(notes, self._key) if notes is not None else None
+        if left is None or notes is None:
+            plane = await self._open_new(self.features(config), geometry)
+            return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
+        geometry = left.room_in(geometry)
+        pins = self.pins(geometry)
+        remove_pins(pins)
+        ensure_bpffs(pins)
+        left.share(pins, geometry)
+        plane = await self._open(self.features(config), geometry)
+        left.copy(plane)
+        log.info("took over %d services and their flows from other maps", len(notes.services))
+        return Engine(plane, self._key, config, statuses, _applied(plane, notes), Retired())
+
+    def _adoptable(self, notes: Manifest) -> Geometry | None:
+        """The geometry of the pinned maps, where this version would make the same."""
+        geometry, pins = notes.map_geometry, Path(notes.pins)
+        if geometry is None or self.pins(geometry) != pins:
+            log.info("the maps that are there are of another version, size or hash key: building new ones beside them")
+            return None
+        missing = [name for name in bundle.map_names() if not (pins / name).exists()]
+        if missing:
+            log.warning("%s is incomplete, %s missing: building new maps", pins, ", ".join(missing))
+            return None
+        return geometry
+
+    async def next(self, engine: Engine, config: Config) -> Engine:
+        """An engine whose programs and maps suit `config`: the same one where they do already."""
+        features = self.features(config)
+        if not requirements.fits(config, engine.plane.geometry):
+            return await self._larger(engine, config)
+        if features == engine.plane.features:
+            return engine
+        plane = await self._open(features, engine.plane.geometry)
+        return Engine(plane, self._key, engine.config, engine.statuses, engine.applied, engine.retired)
+
+    async def roomy(self, engine: Engine, config: Config) -> Engine:
+        """The same engine where `config` can be applied to its maps, one with larger maps where it cannot.
+
+        Maps that fit by numbers may still not do: free slots lie scattered, or addresses get in each other's way.
+        """
+        if not requirements.fits(config, engine.plane.geometry):
+            engine = await self._larger(engine, config)
+        for _ in range(_GROWTHS):
+            try:
+                engine.rehearse(config)
+                return engine
+            except CapacityExceeded as error:
+                log.info("the maps have no room for %s: making them larger", error)
+                engine = await self._larger(engine, config)
+        engine.rehearse(config)
+        return engine
+
+    async def _larger(self, engine: Engine, config: Config) -> Engine:
+        """New maps that hold `config` and all that the present ones hold. Nothing is attached yet."""
+        old, wanted = engine.plane.geometry, requirements.geometry(config)
+        geometry = Geometry(**{name: max(getattr(old, name), getattr(wanted, name)) for name in Geometry.__slots__})
+        geometry = replace(geometry, flow_sets=wanted.flow_sets, sources4=wanted.sources4, sources6=wanted.sources6)
+        if geometry == old:
+            geometry = replace(old, slots=2 * old.slots, address_buckets=2 * old.address_buckets)
+        pins = self.pins(geometry)
+        remove_pins(pins)
+        ensure_bpffs(pins)
+        same_sources = engine.config.sources(4) + engine.config.sources(6) == config.sources(4) + config.sources(6)
+        left_out = {*(() if geometry.flow_sets == old.flow_sets else FLOW_MAPS), *(() if same_sources else LEASE_MAPS)}
+        for name in SHARED_MAPS:
+            if name not in left_out:
+                syscall.pin(engine.plane.fd(name), pins / name)
+        return engine.moved_to(await self._open(self.features(config), geometry))
+
+    def carry_counters(self, engine: Engine) -> None:
+        """Brings over what maps counted that could not be taken over."""
+        if self._left_behind is not None:
+            carry_counters(self._left_behind, engine)
+            self._left_behind = None
+
+    def forget_others(self, engine: Engine) -> None:
+        """Removes the pins of all other generations, those of an interrupted change included."""
+        for entry in self._instance.pins.iterdir():
+            if entry.is_dir() and entry != engine.plane.pins:
+                remove_pins(entry)
+
+    async def _open_new(self, features: Features, geometry: Geometry) -> Dataplane:
+        """On empty maps, whatever a change that was interrupted left in their place."""
+        remove_pins(self.pins(geometry))
+        return await self._open(features, geometry)
+
+    async def _open(self, features: Features, geometry: Geometry) -> Dataplane:
+        """Cancelled, it waits until the compiler is done: what that pins late, nobody would remove."""
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(open_dataplane, features, geometry, self._key, self.pins(geometry))
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait([opening])
+            raise
+
+
+def note(notes: Manifest, engine: Engine) -> None:
+    """Brings the manifest up to what the engine applied."""
+    plane, applied = engine.plane, engine.applied
+    notes.pins = str(plane.pins)
+    notes.layout, notes.key = STATE_LAYOUT, engine.key.name
+    notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}
+    notes.flow_times = asdict(plane.features.times)
+    notes.counters = {name: list(plane.counter_fields(name)) for name in COUNTER_MAPS}
+    backends: dict[str, dict[str, int]] = {name: {} for name in applied.services}
+    for key, (id_, _) in applied.backends.items():
+        backends[key.service][key.backend] = id_
+    notes.services = {
+        service.name: ServiceRecord(
+            id=applied.services[service.name].id,
+            first_slot=applied.services[service.name].first,
+            slot_count=len(applied.services[service.name].table),
+            forward=service.forward,
+            backends=backends[service.name],
+            retired=engine.retired.by_service.get(service.name, []),
+            keep_idle=int(plane.services.entries["keep_idle"][applied.services[service.name].id]),
+        )
+        for service in engine.config.services
+        if service.name in applied.services
+    }
+
+
+def _applied(plane: Dataplane, notes: Manifest) -> Applied:
+    """What an earlier daemon had applied. Slots are read from the map itself; entries are all written anew."""
+    applied = Applied(plane.geometry)
+    for name, record in notes.services.items():
+        words = plane.slots[record.first_slot : record.first_slot + record.slot_count]
+        table = words & np.uint32(SLOT_BACKEND)
+        applied.services[name] = AppliedService(record.id, record.first_slot, table)
+        for backend, id_ in record.backends.items():
+            applied.backends[BackendKey(name, backend)] = (id_, BackendEntry.unknown())
+    return applied
+
+
+def _retired(notes: Manifest) -> Retired:
+    return Retired({name: list(record.retired) for name, record in notes.services.items() if record.retired})

@@ -1,0 +1,132 @@
+"""What maps that cannot be adopted leave to the ones that take their place: slots, remembered flows, counters.
+
+So another version of xdplb, or one with other sizes, breaks no connection that its predecessor kept: ids stay what they
+were, and so do slots and whatever refers to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from xdplb.abi import MAX_BACKEND_IDS, STATE_LAYOUT, Geometry
+from xdplb.core.flow_cache import WAYS, resized
+from xdplb.daemon.engine import Counters, Engine
+from xdplb.dataplane import syscall
+from xdplb.dataplane.bundle import HashKey
+from xdplb.dataplane.clock import clock
+from xdplb.dataplane.counters import read_pinned
+from xdplb.dataplane.loader import Dataplane
+from xdplb.dataplane.manifest import Manifest
+from xdplb.dataplane.syscall import MapShape
+from xdplb.errors import XdplbError
+from xdplb.model import BackendKey
+
+log = logging.getLogger(__name__)
+
+_COPIED = ("slots", "transitions")
+_SHARED = ("flow_sets", "loads", "nat_flows", "lease_sets", "lessees")
+_NAT_FLOW_KEY, _LESSEE = 40, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """The maps that an earlier daemon left, by name, as descriptors, and how many ids and slots they need."""
+
+    maps: dict[str, int]
+    shapes: dict[str, MapShape]
+    backends: int
+    services: int
+
+    @classmethod
+    def of(cls, notes: Manifest, key: HashKey) -> Inheritance | None:
+        """None where they mean nothing to this version, or to this hash key."""
+        if notes.layout != STATE_LAYOUT or notes.key != key.name:
+            return None
+        try:
+            maps = {name: syscall.get(Path(notes.pins) / name) for name in (*_COPIED, *_SHARED)}
+        except OSError as error:
+            log.warning("%s: flows cannot be taken over: %s", notes.pins, error.strerror)
+            return None
+        backends = (id_ for record in notes.services.values() for id_ in record.backends.values())
+        services = (record.id for record in notes.services.values())
+        shapes = {name: syscall.map_shape(descriptor) for name, descriptor in maps.items()}
+        return cls(maps, shapes, max(backends, default=0), max(services, default=0))
+
+    def room_in(self, geometry: Geometry) -> Geometry:
+        """The geometry, large enough for what is taken over."""
+        return replace(
+            geometry,
+            services=max(geometry.services, self.services),
+            backends=max(geometry.backends, 1 << self.backends.bit_length()),
+            slots=max(geometry.slots, self._slots),
+        )
+
+    @property
+    def _slots(self) -> int:
+        return self.shapes["transitions"].max_entries
+
+    def _shared(self, geometry: Geometry) -> set[str]:
+        """Maps that are the same in the new generation. Flows and what counts them are shared both or not at all."""
+        wanted = {
+            "flow_sets": MapShape(4, 8 * WAYS, geometry.flow_sets),
+            "loads": MapShape(4, 8, MAX_BACKEND_IDS),
+            "nat_flows": MapShape(_NAT_FLOW_KEY, 4, geometry.nat_flows),
+            "lease_sets": MapShape(4, 8 * WAYS, geometry.lease_sets),
+            "lessees": MapShape(4, _LESSEE, WAYS * geometry.lease_sets),
+        }
+        same = {name for name, shape in wanted.items() if shape == self.shapes[name]}
+        return same if {"flow_sets", "loads"} <= same else same - {"flow_sets", "loads"}
+
+    def share(self, pins: Path, geometry: Geometry) -> None:
+        """Pins for the new generation what both can use at once: no flow is lost while one takes the other's place."""
+        for name in self._shared(geometry):
+            syscall.pin(self.maps[name], pins / name)
+
+    def copy(self, plane: Dataplane) -> None:
+        """Fills the new maps with the rest, and closes the old ones."""
+        for name in _COPIED:
+            there = getattr(plane, name)
+            here = np.frombuffer(syscall.map_memory(self.maps[name]), there.dtype)
+            there[: self._slots] = here[: self._slots]
+        if "flow_sets" not in self._shared(plane.geometry):
+            words = np.frombuffer(syscall.map_memory(self.maps["flow_sets"]), np.uint64)
+            plane.flow_words[:] = resized(words, len(plane.flow_words), clock().tick)
+        for descriptor in self.maps.values():
+            os.close(descriptor)
+
+
+def carry_counters(notes: Manifest, engine: Engine) -> None:
+    """Brings over what an earlier generation's maps counted, by names, where `engine` did not adopt those."""
+    if notes.pins == str(engine.plane.pins):
+        return
+    try:
+        counted = {name: read_pinned(Path(notes.pins) / name) for name in notes.counters}
+    except (XdplbError, OSError) as error:
+        log.warning("the counters start from zero: %s", error)
+        return
+    plane, applied = engine.plane, engine.applied
+
+    def renamed(map_name: str, values: Sequence[int] | Counters) -> Counters:
+        by_name = dict(zip(notes.counters[map_name], map(int, values), strict=False))
+        return np.array([by_name.get(name, 0) for name in plane.counter_fields(map_name)], np.uint64)
+
+    for map_name in ("drop_counters", "verdict_counters"):
+        plane.set_counters(map_name, 0, renamed(map_name, counted[map_name][0]))
+    for name, record in notes.services.items():
+        if name not in applied.services:
+            continue
+        drops = renamed("drop_counters", counted["drop_counters"][record.id])
+        plane.set_counters("drop_counters", applied.services[name].id, drops)
+        engine.retired.add(name, renamed("backend_counters", record.retired))
+        for backend, id_ in record.backends.items():
+            values = renamed("backend_counters", counted["backend_counters"][id_])
+            if (key := BackendKey(name, backend)) in applied.backends:
+                plane.set_counters("backend_counters", applied.backends[key][0], values)
+            else:
+                engine.retired.add(name, values)

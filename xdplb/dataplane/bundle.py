@@ -1,0 +1,92 @@
+"""The packet path's source as one translation unit, and the name of its ABI.
+
+bcc rewrites map accesses only in the main file, so the headers are put there, each under a `#line` of its own:
+clang's and the verifier's messages still name the right file and line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdplb import abi
+
+_INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.h)"$')
+
+
+def source_directory() -> Path:
+    """Where the C sources are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "bpf"
+    return installed if installed.is_dir() else package.parent / "bpf"
+
+
+def kernel_directory() -> Path:
+    """Our own minimal header set, which bcc takes for kernel sources (no linux-headers package is needed)."""
+    return source_directory() / "kernel"
+
+
+def bundle(name: str) -> str:
+    """`name` with its headers put in at their first `#include`."""
+    seen: set[str] = set()
+    return "\n".join(_expand(source_directory() / name, seen)) + "\n"
+
+
+def _expand(path: Path, seen: set[str]) -> list[str]:
+    lines = [f'#line 1 "{path}"']
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            lines.append(line)
+        elif include[1] not in seen:
+            seen.add(include[1])
+            lines += [*_expand(path.parent / include[1], seen), f'#line {number + 1} "{path}"']
+        else:
+            lines.append("")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class HashKey:
+    """What all hashing in the packet path is keyed with: two words drawn from the secret."""
+
+    seed: int
+    factor: int
+
+    @property
+    def name(self) -> str:
+        """Tells keys apart, and nothing about them."""
+        return hashlib.sha256(f"xdplb hash key\0{self.seed} {self.factor}".encode()).hexdigest()[:12]
+
+    @classmethod
+    def derive(cls, secret: str) -> HashKey:
+        digest = hashlib.sha256(b"xdplb flow hash\0" + secret.encode()).digest()
+        return cls(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little") | 1)
+
+
+def abi_hash(geometry: abi.Geometry, key: HashKey) -> str:
+    """Names everything that pinned maps depend on: maps of another hash cannot be adopted."""
+    parts = [(source_directory() / name).read_text(encoding="utf-8") for name in ("abi.h", "maps.h")]
+    parts.append(Path(abi.__file__).read_text(encoding="utf-8"))
+    parts += [repr(geometry), repr(key)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def map_names() -> tuple[str, ...]:
+    """Of all maps that are pinned."""
+    return tuple(re.findall(r'PIN\("(\w+)"\)', (source_directory() / "maps.h").read_text(encoding="utf-8")))
+
+
+def compiler_flags(definitions: Mapping[str, int], key: HashKey, pin_directory: Path) -> list[str]:
+    """What bcc gets as `cflags`: the definitions, the hash's key and where maps are pinned."""
+    flags = [f"-D{name}={value}" for name, value in definitions.items()]
+    flags += [f"-DHASH_SEED={key.seed}ULL", f"-DHASH_FACTOR={key.factor}ULL"]
+    return [*flags, f'-DPIN(name)="{pin_directory}/" name', "-O2", "-Wall", "-Wno-unused-function"]
+
+
+def program_source(name: str = "xdplb.c") -> str:
+    """A program over the shared ABI, ready for bcc."""
+    return abi.enums() + "\n" + bundle(name)

@@ -1,0 +1,156 @@
+"""Carries out planned operations on the maps of one generation."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address
+
+import numpy as np
+
+from xdplb.abi import BACKEND_GONE, SLOT_IN_TRANSITION, TARGET_SOURCE, BackendFlag, ServiceFlag
+from xdplb.core import address_table, flow_cache
+from xdplb.core.address_table import Endpoints, address_words
+from xdplb.core.operations import (
+    BackendEntry,
+    ClearBackend,
+    ClearService,
+    Operation,
+    Publish,
+    PutBackend,
+    PutService,
+    PutSlots,
+    PutTurns,
+    ServiceEntry,
+)
+from xdplb.core.planner import CapacityExceeded
+from xdplb.dataplane.bundle import HashKey
+from xdplb.dataplane.clock import Clock
+from xdplb.dataplane.codec import Value, network_order
+from xdplb.dataplane.loader import Dataplane
+
+_NO_ADDRESS = (0, 0)
+
+
+class MapWriter:
+    """Each operation is complete when `apply` returns: the next packet sees it. For `window` ticks a slot that changed
+    hands gives unknown flows to its previous backend.
+    """
+
+    def __init__(self, plane: Dataplane, key: HashKey, clock: Clock) -> None:
+        self._plane = plane
+        self._key = key
+        self._clock = clock
+        self.window = 0
+
+    def apply(self, operation: Operation) -> None:
+        plane = self._plane
+        match operation:
+            case PutBackend(_, id_, entry):
+                plane.loads["weight"][id_] = entry.load_weight if BackendFlag.UP in entry.flags else 0
+                plane.backends.write(id_, plane.backends.codec.encode(_backend_fields(entry)))
+            case PutSlots():
+                self._put_slots(operation)
+            case PutTurns(_, first, ids):
+                plane.slots[first : first + len(ids)] = ids
+            case PutService(_, id_, entry):
+                plane.services.write(id_, plane.services.codec.encode(self._service_fields(entry)))
+            case Publish():
+                self._publish(operation)
+            case ClearService(_, id_):
+                plane.services.write(id_, bytes(plane.services.codec.size))
+            case ClearBackend(_, id_):
+                self._clear_backend(id_)
+
+    def _put_slots(self, put: PutSlots) -> None:
+        """Slots that change hands are in transition from this moment on; a table that moves takes its transitions
+        along.
+        """
+        plane, table = self._plane, put.table
+        here = slice(put.first, put.first + len(table))
+        kept = np.uint32(0 if put.settles else SLOT_IN_TRANSITION)
+        if put.origin is None:
+            plane.transitions[here] = 0
+            plane.slots[here] = table | kept
+            return
+        first, size = put.origin
+        old = first + np.arange(len(table)) % size
+        window = max(self.window, self._clock.ticks(put.window_s or 0.0))
+        words, transitions = flow_cache.turn(plane.slots[old], plane.transitions[old], table, self._clock.tick, window)
+        plane.transitions[here] = transitions
+        plane.slots[here] = words | kept
+
+    def _clear_backend(self, backend: int) -> None:
+        """Flows and slots must not mean another backend that gets this id later. Where the service tells clients, they
+        are kept as orphans.
+        """
+        plane, words = self._plane, self._plane.flow_words
+        service = plane.backends.entries["service"][backend]
+        tells = plane.services.entries["flags"][service] & ServiceFlag.RESET
+        plane.loads["weight"][backend] = 0
+        plane.backends.write(backend, bytes(plane.backends.codec.size))
+        plane.direct_seen[backend] = 0
+        leases = plane.leases
+        leases[(leases != 0) & (flow_cache.backends(leases) == backend)] = 0
+        for index in np.flatnonzero(flow_cache.backends(words) == backend):
+            words[index] = flow_cache.orphaned(words[index]) if tells else 0
+        previous = plane.transitions["previous"]
+        previous[previous == backend] = BACKEND_GONE if tells else 0
+
+    def build(self, publish: Publish) -> Endpoints:
+        """The address table for the half that no packet looks at. CapacityExceeded where it has no room."""
+        plane = self._plane
+        try:
+            return address_table.build(
+                publish.services,
+                publish.replies,
+                plane.geometry,
+                self._key,
+                1 - plane.half,
+                bucket_dtype=plane.addresses.dtype,
+                interval_dtype=plane.intervals.dtype,
+            )
+        except address_table.TableFull as error:
+            raise CapacityExceeded(str(error)) from error
+
+    def _service_fields(self, entry: ServiceEntry) -> dict[str, Value]:
+        mask = IPv6Address((1 << 128) - (1 << 128 - entry.client_prefix))
+        return {
+            "address": address_words(entry.address),
+            "slots": entry.slots,
+            "slot_mask": entry.slot_count - 1,
+            "turns": entry.turns,
+            "turn_count": entry.turn_count,
+            "client_mask": address_words(mask),
+            "ports_mask": 0xFFFFFFFF if entry.hash_ports else 0,
+            "port": network_order(entry.port),
+            "gue_port": network_order(entry.gue_port),
+            "members": entry.members,
+            "keep_idle": self._clock.ticks(entry.keep_idle_s),
+            "forward": int(entry.forward),
+            "flags": int(entry.flags),
+            "scheduler": int(entry.scheduler),
+        }
+
+    def _publish(self, publish: Publish) -> None:
+        """Fills that half, then turns the packets to it."""
+        plane, tables = self._plane, self.build(publish)
+        for claim in publish.services:
+            if claim.target & TARGET_SOURCE:
+                plane.sources[claim.target & ~TARGET_SOURCE] = np.array([address_words(claim.address)], np.uint64)
+        half, buckets, intervals = 1 - plane.half, plane.geometry.address_buckets, plane.geometry.intervals
+        plane.intervals[half * intervals :][: len(tables.intervals)] = tables.intervals
+        plane.addresses[half * buckets :][:buckets] = tables.buckets
+        plane.publish(half)
+
+
+def _backend_fields(entry: BackendEntry) -> dict[str, Value]:
+    return {
+        "address": address_words(entry.address),
+        "source": address_words(entry.source) if entry.source is not None else _NO_ADDRESS,
+        "source_spread": network_order(entry.source_spread, 4),
+        "ifindex": entry.ifindex,
+        "macs": entry.macs,
+        "service": entry.service,
+        "port": network_order(entry.port),
+        "mtu": entry.mtu,
+        "flags": int(entry.flags),
+    }

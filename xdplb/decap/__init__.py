@@ -1,0 +1,1 @@
+"""`xdplb decap`, for backends."""

@@ -1,0 +1,151 @@
+"""`xdplb decap IFACE`, for backends: takes ipip and gue off before the kernel sees the packet, on any kernel.
+
+Runs in the foreground. When it ends the program goes with it; killed, it leaves the program for the next run to take
+over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Any
+
+from xdplb.core.address_table import address_words
+from xdplb.daemon import notify
+from xdplb.daemon.lock import locked
+from xdplb.daemon.logs import log_to_stderr
+from xdplb.dataplane import bundle, loader, syscall
+from xdplb.errors import ForeignProgram, UsageError
+from xdplb.model import Address, AttachMode
+from xdplb.net.links import Links
+from xdplb.net.next_hops import Interface
+from xdplb.paths import pin_directory, runtime_directory
+
+log = logging.getLogger(__name__)
+
+MAX_ADDRESSES = 256
+
+
+def run(interface: str, port: int, mode: str, gateways: Sequence[str] = ()) -> None:
+    """Until Ctrl-C or SIGTERM. `gateways`: prefixes that tunnel packets may come from; none given: from anywhere.
+
+    Only packets to an address of this host are touched.
+    """
+    log_to_stderr()
+    prefixes = [_prefix(text) for text in gateways]
+    lock = runtime_directory() / f"decap-{interface}.lock"
+    with locked(lock, f"another xdplb decap runs on {interface}", "end that one first"):
+        asyncio.run(_run(interface, port, AttachMode(mode), prefixes))
+        lock.unlink(missing_ok=True)
+
+
+def _prefix(text: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        raise UsageError(f"--from {text}: {error}", "an address or a prefix: --from 10.0.0.0/24") from None
+
+
+async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Network | IPv6Network]) -> None:
+    stop = asyncio.Event()
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(ending, stop.set)
+    async with Links() as links:
+        interface = await links.interface(name)
+        bpf, program = await asyncio.to_thread(_load, port, bool(prefixes))
+        for number, prefix in enumerate(prefixes):
+            _put(bpf, "gateways", _trie_key(prefix), number + 1)
+        tasks = [asyncio.create_task(_follow_addresses(links, bpf)), asyncio.create_task(stop.wait())]
+        try:
+            await _attach(links, interface, program, mode)
+            notify.ready()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await links.detach(interface.index, expected_fd=program)
+            _pin(interface.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                pin_directory().rmdir()  # unless somebody else's pins are there
+            log.info("%s: detached; %s", name, _counters(bpf))
+
+
+def _load(port: int, only_gateways: bool) -> tuple[Any, int]:
+    flags = [f"-DGUE_PORT={port}", f"-DONLY_GATEWAYS={int(only_gateways)}", "-O2", "-Wall", "-Wno-unused-function"]
+    loader.ensure_bpffs(pin_directory())
+    bpf, programs = loader.load_programs(bundle.bundle("decap.c"), flags, ["xdplb_decap"])
+    return bpf, programs["xdplb_decap"]
+
+
+def _pin(interface: str) -> Path:
+    return pin_directory() / f"decap-{interface}"
+
+
+async def _attach(links: Links, interface: Interface, program: int, mode: AttachMode) -> None:
+    """In place of the program that a killed run left, or where none is. The pin says which one is ours."""
+    pin = _pin(interface.name)
+    current = await links.attached(interface.index)
+    previous = None
+    with suppress(OSError):
+        previous = syscall.get(pin)
+    try:
+        if current is not None and (previous is None or syscall.program_id(previous) != current.prog_id):
+            raise ForeignProgram(
+                f"{interface.name} runs an XDP program already (id {current.prog_id}), and it is not this decapsulator",
+                f"see whose it is: bpftool prog show id {current.prog_id}; remove it: ip link set dev {interface.name} "
+                "xdp off",
+            )
+        attachment = await links.attach(interface.index, program, mode, expected_fd=previous if current else None)
+    finally:
+        if previous is not None:
+            os.close(previous)
+    with suppress(FileNotFoundError):
+        pin.unlink()
+    syscall.pin(program, pin)
+    why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
+    log.info("%s: decapsulating in %s mode%s", interface.name, attachment.mode, why)
+
+
+async def _follow_addresses(links: Links, bpf: Any) -> None:
+    """Keeps the map of this host's addresses right: they come and go with DHCP, SLAAC and operators."""
+    known: set[Address] = set()
+    while True:
+        present = set(sorted(await links.addresses(), key=str)[:MAX_ADDRESSES])
+        for address in present - known:
+            _put(bpf, "local_addresses", _words(address), 1)
+        for address in known - present:
+            syscall.delete(_fd(bpf, "local_addresses"), _words(address))
+        known = present
+        await asyncio.sleep(1.0)
+
+
+def _words(address: Address) -> bytes:
+    return b"".join(word.to_bytes(8, "little") for word in address_words(address))
+
+
+def _trie_key(prefix: IPv4Network | IPv6Network) -> bytes:
+    """`struct gateway_prefix`."""
+    length = prefix.prefixlen + (96 if prefix.version == 4 else 0)
+    return length.to_bytes(4, "little") + _words(prefix.network_address)
+
+
+def _put(bpf: Any, name: str, key: bytes, value: int) -> None:
+    syscall.update(_fd(bpf, name), key, value.to_bytes(4, "little"))
+
+
+def _fd(bpf: Any, name: str) -> int:
+    return int(bpf[name.encode()].map_fd)
+
+
+def _counters(bpf: Any) -> str:
+    fields = [name for name, *_ in bpf[b"decap_counters"].sLeaf._fields_]
+    values = syscall.read_per_cpu_value(_fd(bpf, "decap_counters"), 0)
+    return ", ".join(f"{name} {value}" for name, value in zip(fields, values, strict=True))

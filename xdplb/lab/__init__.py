@@ -1,0 +1,1 @@
+"""Laboratories of network namespaces on this machine, for tests and the demo."""

@@ -1,0 +1,1 @@
+"""The kernel's network configuration: interfaces, addresses, neighbours, routes, settings."""

@@ -1,0 +1,312 @@
+"""The kernel's network configuration, through rtnetlink: interfaces, XDP programs, addresses, neighbours, events.
+
+The only module that imports pyroute2 (the laboratory's beside). Everything happens in the network namespace of the
+thread that enters `Links`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import socket
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from xdplb.errors import ForeignProgram, NotCapable, NotPrivileged, XdplbError
+from xdplb.model import Address, AttachMode
+from xdplb.net import rtnl
+from xdplb.net.attach_errors import Refusal, attach_error
+from xdplb.net.next_hops import HAS_MAC, Event, EventsLostError, Interface, Neighbour, NeighbourKey, Route
+
+XDP_FLAGS_UPDATE_IF_NOEXIST, XDP_FLAGS_REPLACE = 0x01, 0x10
+XDP_FLAGS_MODE = {AttachMode.GENERIC: 0x02, AttachMode.NATIVE: 0x04}
+IFA_F_NODAD = 0x02
+NTF_USE = 0x01
+RTPROT_KERNEL = 2
+NLM_F_DUMP_INTR = 0x10
+SO_RCVBUFFORCE = 33
+EVENT_BUFFER_BYTES = 8 << 20
+# RTMGRP_*: link, neighbour, and address, route, rule of both families
+EVENT_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
+# no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
+NO_ROUTE = {
+    *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN),
+    *(errno.ENODEV, errno.ENETDOWN),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """The XDP program on an interface. A program in the card itself (offloaded) counts as native."""
+
+    prog_id: int
+    mode: AttachMode
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """How a program was attached. `fallback` says why it is not native where `auto` had to fall back, else ""."""
+
+    mode: AttachMode
+    fallback: str = ""
+
+
+class Links:
+    """`async with Links() as links:`. One request socket; every method may be called from several tasks of one loop."""
+
+    def __init__(self, event_buffer_bytes: int = EVENT_BUFFER_BYTES) -> None:
+        self._netlink: Any = AsyncIPRoute(ext_ack=True)
+        self._event_buffer_bytes = event_buffer_bytes
+
+    async def __aenter__(self) -> Self:
+        await self._netlink.setup_endpoint()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._netlink.close()
+
+    async def interfaces(self) -> list[Interface]:
+        return [rtnl.interface(message) for message in await self._dump("link")]
+
+    async def interface(self, name: str) -> Interface:
+        """By name or alternative name. Raises NotCapable, whose hint lists the interfaces there are."""
+        known = await self.interfaces()
+        for interface in known:
+            if name == interface.name or name in interface.altnames:
+                return interface
+        names = sorted(interface.name for interface in known)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        suggestion = f"did you mean '{close[0]}'? " if close else ""
+        raise NotCapable(f"no interface is named '{name}'", f"{suggestion}this host has: {', '.join(names)}")
+
+    async def attached(self, index: int) -> Attached | None:
+        """Raises NotCapable where the interface is gone."""
+        return _attached(await self._link(index))
+
+    async def attach(
+        self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO, expected_fd: int | None = None
+    ) -> Attachment:
+        """Attaches where no program is; with `expected_fd`, atomically in place of that one, in its mode.
+
+        Raises ForeignProgram, NotCapable, NotPrivileged.
+        """
+        if expected_fd is not None:
+            mode = await self._mode_to_keep(index, mode)
+            await self._attach(index, prog_fd, mode, XDP_FLAGS_REPLACE, expected_fd)
+            return Attachment(mode)
+        return await self._attach_or_fall_back(index, prog_fd, mode, XDP_FLAGS_UPDATE_IF_NOEXIST)
+
+    async def replace(self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO) -> Attachment:
+        """Attaches whatever program is there. Where that one runs in another mode there is a moment without any."""
+        current = await self.attached(index)
+        if current is not None and current.mode is not (AttachMode.NATIVE if mode is AttachMode.AUTO else mode):
+            await self.detach(index)
+        return await self._attach_or_fall_back(index, prog_fd, mode, 0)
+
+    async def detach(self, index: int, expected_fd: int | None = None) -> bool:
+        """Detaches the program of `expected_fd`, or without it whatever is there.
+
+        Idempotent: False where there is nothing (of ours) to detach, the interface gone included. Raises NotPrivileged,
+        and ForeignProgram where a BPF link holds the program, which cannot be detached from outside.
+        """
+        try:
+            current = await self.attached(index)
+        except NotCapable:
+            return False
+        if current is None:
+            return False
+        flags = XDP_FLAGS_MODE[current.mode] | (XDP_FLAGS_REPLACE if expected_fd is not None else 0)
+        try:
+            await self._set_xdp(index, -1, flags, expected_fd)
+        except NetlinkError as error:
+            if error.code == errno.ENODEV or (error.code == errno.EEXIST and expected_fd is not None):
+                return False
+            raise await self._explain(index, current.mode, error) from error
+        return True
+
+    async def addresses(self) -> set[Address]:
+        """All addresses of this host, of all its interfaces."""
+        return {rtnl.local_address(message) for message in await self._dump("addr")}
+
+    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
+        """Adds the address alone (/32, /128), usable at once. False where any interface of this host has it already.
+        `present`: the host's addresses, for who has asked already.
+
+        An IPv6 address is added as deprecated (preferred lifetime 0), so that the host does not choose it as the source
+        of its own connections: RFC 6724, rule 3.
+        """
+        if address in (await self.addresses() if present is None else present):
+            return False
+        options = {"flags": IFA_F_NODAD, "preferred_lft": 0} if address.version == 6 else {}
+        try:
+            await self._netlink.addr(
+                "add", index=index, address=str(address), prefixlen=address.max_prefixlen, **options
+            )
+        except NetlinkError as error:
+            if error.code == errno.EEXIST:
+                return False
+            raise _failed(f"cannot add the address {address}", error) from error
+        return True
+
+    async def remove_address(self, index: int, address: Address) -> bool:
+        """Idempotent: False where the address, or the interface, is not there."""
+        try:
+            await self._netlink.addr("delete", index=index, address=str(address), prefixlen=address.max_prefixlen)
+        except NetlinkError as error:
+            if error.code in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                return False
+            raise _failed(f"cannot remove the address {address}", error) from error
+        return True
+
+    async def route(self, address: Address) -> Route | None:
+        """The way a packet from this host to `address` would take; None where there is none."""
+        try:
+            messages = await self._netlink.route("get", dst=str(address))
+        except NetlinkError as error:
+            if error.code in NO_ROUTE:
+                return None
+            raise _failed(f"cannot look up the route to {address}", error) from error
+        return rtnl.route(messages[0])
+
+    async def neighbours(self) -> list[Neighbour]:
+        entries = (rtnl.neighbour(message) for message in await self._dump("neigh"))
+        return [entry for entry in entries if entry is not None]
+
+    async def keep_resolved(self, key: NeighbourKey) -> None:
+        """Has the neighbour resolved now, and kept so by kernels from 5.16 on (NTF_EXT_MANAGED; older ones ignore it).
+
+        The entry gets our mark. Not for `fixed` ones: a permanent entry would become an ordinary one. Passes over an
+        interface that is gone; raises XdplbError.
+        """
+        try:
+            await self._neighbour(key, flags_ext=rtnl.NTF_EXT_MANAGED, protocol=rtnl.NEIGHBOUR_PROTOCOL)
+        except NetlinkError as error:
+            if error.code not in (errno.ENODEV, errno.ENETDOWN):
+                raise _failed(f"cannot resolve the neighbour {key.address}", error) from error
+        except OSError as error:  # pyroute2 reports the code ENOBUFS as this one
+            version = "ipv4" if key.address.version == 4 else "ipv6"
+            raise XdplbError(
+                f"cannot resolve the neighbour {key.address}: the neighbour table is full",
+                f"raise net.{version}.neigh.default.gc_thresh3 (and gc_thresh2) above the number of neighbours",
+            ) from error
+
+    async def release(self, entry: Neighbour) -> None:
+        """Takes our mark off: a resolved entry becomes an ordinary one again, an unresolved one goes."""
+        key = entry.key
+        try:
+            if entry.state & HAS_MAC:
+                await self._neighbour(key, protocol=RTPROT_KERNEL)
+            else:
+                await self._netlink.neigh("delete", dst=str(key.address), ifindex=key.ifindex)
+        except NetlinkError as error:
+            if error.code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
+                raise _failed(f"cannot release the neighbour {key.address}", error) from error
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """What happens from now on to interfaces, neighbours and routes. The iterator raises EventsLostError."""
+        subscription: Any = AsyncIPRoute()
+        try:
+            subscription.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self._event_buffer_bytes)
+            await subscription.bind(EVENT_GROUPS)
+            yield _read(subscription)
+        finally:
+            subscription.close()
+
+    async def _dump(self, what: str) -> list[Any]:
+        """Reads a whole table, again where it changed underneath so that entries may be missing."""
+        for _ in range(10):
+            messages = [message async for message in await getattr(self._netlink, what)("dump")]
+            if not any(message["header"]["flags"] & NLM_F_DUMP_INTR for message in messages):
+                break
+        return messages
+
+    async def _link(self, index: int) -> Any:
+        try:
+            return (await self._netlink.link("get", index=index))[0]
+        except NetlinkError as error:
+            raise NotCapable(f"the interface with index {index} is gone") from error
+
+    async def _neighbour(self, key: NeighbourKey, **attributes: int) -> None:
+        await self._netlink.neigh(
+            "replace", dst=str(key.address), ifindex=key.ifindex, state=0, flags=NTF_USE, **attributes
+        )
+
+    async def _attach_or_fall_back(self, index: int, prog_fd: int, mode: AttachMode, flags: int) -> Attachment:
+        if mode is not AttachMode.AUTO:
+            await self._attach(index, prog_fd, mode, flags)
+            return Attachment(mode)
+        try:
+            await self._attach(index, prog_fd, AttachMode.NATIVE, flags)
+        except (ForeignProgram, NotPrivileged):
+            raise
+        except NotCapable as reason:
+            await self._attach(index, prog_fd, AttachMode.GENERIC, flags)
+            return Attachment(AttachMode.GENERIC, fallback=reason.message)
+        return Attachment(AttachMode.NATIVE)
+
+    async def _attach(
+        self, index: int, prog_fd: int, mode: AttachMode, flags: int, expected_fd: int | None = None
+    ) -> None:
+        try:
+            await self._set_xdp(index, prog_fd, XDP_FLAGS_MODE[mode] | flags, expected_fd)
+        except NetlinkError as error:
+            raise await self._explain(index, mode, error) from error
+
+    async def _explain(self, index: int, mode: AttachMode, error: Any) -> XdplbError:
+        link = await self._link(index)
+        current = _attached(link)
+        refusal = Refusal(error.code, str(error.args[1]))
+        return attach_error(rtnl.interface(link), mode, refusal, current.prog_id if current else None)
+
+    async def _mode_to_keep(self, index: int, mode: AttachMode) -> AttachMode:
+        link = await self._link(index)
+        current, name = _attached(link), link.get("ifname")
+        if current is None:
+            raise ForeignProgram(f"the XDP program that ran on {name} is gone", f"start anew: xdplb up {name}")
+        if mode not in (AttachMode.AUTO, current.mode):
+            raise NotCapable(
+                f"{name} runs XDP in {current.mode} mode, which cannot become {mode} while it is attached",
+                f"xdplb down {name}, then up with --mode {mode}",
+            )
+        return current.mode
+
+    async def _set_xdp(self, index: int, prog_fd: int, flags: int, expected_fd: int | None = None) -> None:
+        attributes: list[tuple[str, int]] = [("IFLA_XDP_FD", prog_fd), ("IFLA_XDP_FLAGS", flags)]
+        if expected_fd is not None:
+            attributes.append(("IFLA_XDP_EXPECTED_FD", expected_fd))
+        await self._netlink.link("set", index=index, xdp={"attrs": attributes})
+
+
+async def _read(subscription: Any) -> AsyncIterator[Event]:
+    while True:
+        try:
+            async for message in subscription.get():
+                event = rtnl.event(message)
+                if event is not None:
+                    yield event
+        except (OSError, NetlinkError) as error:
+            raise EventsLostError(str(error)) from error
+
+
+def _attached(link: Any) -> Attached | None:
+    xdp = link.get("xdp")
+    prog_id = xdp.get_attr("IFLA_XDP_PROG_ID") if xdp else None
+    if not prog_id:
+        return None
+    generic = xdp.get_attr("IFLA_XDP_ATTACHED") == "xdpgeneric"
+    return Attached(prog_id, AttachMode.GENERIC if generic else AttachMode.NATIVE)
+
+
+def _failed(what: str, error: Any) -> XdplbError:
+    if error.code in (errno.EPERM, errno.EACCES):
+        return NotPrivileged(what, "run as root, or with CAP_NET_ADMIN")
+    return XdplbError(f"{what}: {error.args[1]}")

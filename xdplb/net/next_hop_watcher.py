@@ -1,0 +1,257 @@
+"""Follows the kernel's routes, interfaces and neighbours, and says how each wanted address is reached at the moment.
+
+Neighbours stay resolved: XDP forwards past the kernel, which would let their entries go stale and collect them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Protocol
+
+from xdplb.errors import XdplbError
+from xdplb.model import Address
+from xdplb.net.next_hops import (
+    Event,
+    EventsLostError,
+    Interface,
+    LinkEvent,
+    Neighbour,
+    NeighbourEvent,
+    NeighbourKey,
+    NextHop,
+    Nud,
+    Route,
+    RouteEvent,
+    next_hop,
+    trouble,
+    within,
+)
+
+log = logging.getLogger(__name__)
+
+DEBOUNCE_S = 0.05
+TEND_INTERVAL_S = 1.0
+RESUBSCRIBE_PAUSE_S = 0.1
+CONFIRMED = Nud.REACHABLE | Nud.DELAY | Nud.PROBE
+
+
+class Kernel(Protocol):
+    """What the watcher needs of `links.Links`; documented there."""
+
+    async def interfaces(self) -> list[Interface]: ...
+    async def neighbours(self) -> list[Neighbour]: ...
+    async def route(self, address: Address) -> Route | None: ...
+    async def keep_resolved(self, key: NeighbourKey) -> None: ...
+    async def release(self, entry: Neighbour) -> None: ...
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
+
+
+class NextHopWatcher:
+    """Calls back, from within `run()`, on what changes:
+
+    - `on_change(record)`: the record of an address is new, or not what it was;
+    - `on_trouble(address, reason)`: right after the `on_change` that took the address's way from it;
+    - `on_link(event)`: an interface appeared (all of them at the start), changed or went.
+
+    An exception out of a callback ends `run()`.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        on_change: Callable[[NextHop], None],
+        on_trouble: Callable[[Address, str], None] = lambda address, reason: None,
+        on_link: Callable[[LinkEvent], None] = lambda event: None,
+    ) -> None:
+        self._kernel = kernel
+        self._on_change = on_change
+        self._on_trouble = on_trouble
+        self._on_link = on_link
+        self._addresses: frozenset[Address] = frozenset()
+        self._sorted: dict[int, list[Address]] = {4: [], 6: []}
+        self._interfaces: dict[int, Interface] = {}
+        self._neighbours: dict[NeighbourKey, Neighbour] = {}
+        self._routes: dict[Address, Route | None] = {}
+        self._users: dict[NeighbourKey, set[Address]] = {}
+        self._records: dict[Address, NextHop] = {}
+        self._unused: set[NeighbourKey] = set()
+        self._unresolved: set[Address] = set()
+        self._work = asyncio.Event()
+        self._complaint = ""
+
+    @property
+    def records(self) -> Mapping[Address, NextHop]:
+        """The last record of each address; none yet for those not looked up so far."""
+        return MappingProxyType(self._records)
+
+    def set_addresses(self, addresses: Iterable[Address]) -> None:
+        """Replaces the set of addresses to follow. May be called at any time, before `run()` too."""
+        wanted = frozenset(addresses)
+        for gone in self._addresses - wanted:
+            self._set_route(gone, None)
+            self._routes.pop(gone)
+            self._records.pop(gone, None)
+        self._look_up(wanted - self._addresses)
+        self._addresses = wanted
+        self._sorted = {version: sorted(a for a in wanted if a.version == version) for version in (4, 6)}
+
+    async def run(self) -> None:
+        """Runs until cancelled; then gives back the neighbour entries that it kept resolved."""
+        try:
+            while True:
+                try:
+                    await self._follow()
+                except* EventsLostError as lost:
+                    log.warning("kernel events were lost (%s): reading everything again", lost.exceptions[0])
+                await asyncio.sleep(RESUBSCRIBE_PAUSE_S)
+        finally:
+            await self._release(self._unused | self._users.keys())
+
+    async def _follow(self) -> None:
+        """From one subscription to its loss. Subscribes before it reads, so that nothing falls in between."""
+        async with self._kernel.events() as events:
+            await self._reload()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._resolve())
+                tasks.create_task(self._tend())
+                async for event in events:
+                    self._apply(event)
+
+    async def _reload(self) -> None:
+        interfaces = {interface.index: interface for interface in await self._kernel.interfaces()}
+        neighbours = {entry.key: entry for entry in await self._kernel.neighbours()}
+        for gone in self._interfaces.keys() - interfaces.keys():
+            self._apply(LinkEvent(self._interfaces[gone], deleted=True))
+        self._neighbours = neighbours
+        for interface in interfaces.values():
+            self._apply(LinkEvent(interface))
+        for address in tuple(self._records):
+            self._refresh(address)
+        self._look_up(self._addresses)
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case LinkEvent():
+                self._apply_link(event)
+            case NeighbourEvent(neighbour, deleted):
+                if deleted:
+                    self._neighbours.pop(neighbour.key, None)
+                else:
+                    self._neighbours[neighbour.key] = neighbour
+                for address in tuple(self._users.get(neighbour.key, ())):
+                    self._refresh(address)
+            case RouteEvent(network):
+                self._look_up(within(self._sorted[network.version], network))
+
+    def _apply_link(self, event: LinkEvent) -> None:
+        index = event.interface.index
+        if event.deleted:
+            if self._interfaces.pop(index, None) is None:
+                return
+            for key in [key for key in self._neighbours if key.ifindex == index]:
+                del self._neighbours[key]
+        elif self._interfaces.get(index) == event.interface:
+            return
+        else:
+            self._interfaces[index] = event.interface
+        self._on_link(event)
+        affected = [address for address, route in self._routes.items() if route is not None and route.ifindex == index]
+        for address in affected:
+            self._refresh(address)
+        self._look_up(self._addresses)
+
+    def _refresh(self, address: Address) -> None:
+        route = self._routes[address]
+        interface = self._interfaces.get(route.ifindex) if route else None
+        neighbour = self._neighbours.get(route.neighbour_of(address)) if route else None
+        previous = self._records.get(address)
+        current = next_hop(address, route, interface, neighbour, previous)
+        if current == previous:
+            return
+        self._records[address] = current
+        self._on_change(current)
+        reason = trouble(previous, current)
+        if reason is not None:
+            self._on_trouble(address, reason)
+
+    def _look_up(self, addresses: Iterable[Address]) -> None:
+        self._unresolved.update(addresses)
+        if self._unresolved:
+            self._work.set()
+
+    async def _resolve(self) -> None:
+        """Asks for the routes of addresses whose way may have changed, those of one burst of events together."""
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(DEBOUNCE_S)
+            self._work.clear()
+            batch, self._unresolved = self._unresolved, set()
+            for address in batch:
+                route = await self._kernel.route(address)
+                if address in self._addresses:
+                    self._set_route(address, route)
+                    self._refresh(address)
+                    await self._keep_all([route.neighbour_of(address)] if route else [])
+
+    def _set_route(self, address: Address, route: Route | None) -> None:
+        before = self._routes.get(address)
+        if before is not None:
+            key = before.neighbour_of(address)
+            self._users[key].discard(address)
+            if not self._users[key]:
+                del self._users[key]
+                self._unused.add(key)
+        if route is not None:
+            key = route.neighbour_of(address)
+            self._users.setdefault(key, set()).add(address)
+            self._unused.discard(key)
+        self._routes[address] = route
+
+    async def _tend(self) -> None:
+        """Revives entries that were deleted or, by kernels before 5.16, let go; gives back those not used any more."""
+        while True:
+            await asyncio.sleep(TEND_INTERVAL_S)
+            await self._keep_all(tuple(self._users))
+            await self._release(tuple(self._unused))
+
+    async def _keep_all(self, keys: Iterable[NeighbourKey]) -> None:
+        for key in keys:
+            if not self._needs_care(key):
+                continue
+            # noted first: the kernel tells of a new entry only once it has been resolved, and not of a mark alone
+            known = self._neighbours.get(key, Neighbour(key, Nud.INCOMPLETE, None))
+            self._neighbours[key] = replace(known, ours=True)
+            try:
+                await self._kernel.keep_resolved(key)
+            except XdplbError as error:
+                if self._complaint != error.hint:
+                    log.warning("%s; %s", error.message, error.hint)
+                self._complaint = error.hint
+                return
+
+    def _needs_care(self, key: NeighbourKey) -> bool:
+        interface = self._interfaces.get(key.ifindex)
+        if interface is None or not interface.mac or not interface.up:
+            return False
+        entry = self._neighbours.get(key)
+        if entry is None:
+            return True
+        if entry.fixed or entry.managed:
+            return False
+        return not entry.ours or not entry.state & CONFIRMED
+
+    async def _release(self, keys: Iterable[NeighbourKey]) -> None:
+        for key in keys:
+            self._unused.discard(key)
+            entry = self._neighbours.get(key)
+            if entry is None or not entry.ours:
+                continue
+            try:
+                await self._kernel.release(entry)
+            except XdplbError as error:
+                log.warning("%s", error.message)
