@@ -35,9 +35,10 @@ from world import FEATURES, GEOMETRY, KEY, MTU, NARROW, PIN_ROOT, World
 
 from xdplb.abi import FIRST_SOURCE_PORT, FlowState, Subject
 from xdplb.core import requirements
-from xdplb.core.desired import BackendStatus, Way
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon import flow_upkeep
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
@@ -209,7 +210,7 @@ def test_time_frees_ports(gateway: Gateway) -> None:
     gateway.fill(FlowState.ESTABLISHED, idle=901)
     gateway.plane.leases[:8] = 0
     gateway.open(client(4))
-    gateway.engine.sweep()
+    flow_upkeep.sweep(gateway.engine)
     assert np.count_nonzero(gateway.plane.leases) == 1
 
 

@@ -17,7 +17,7 @@ from world import DOWN, DSR, HASH, MODES, World
 from xdplb import abi
 from xdplb.core import maglev
 from xdplb.core.address_table import address_words
-from xdplb.core.desired import configured_weight
+from xdplb.core.weights import configured_weight
 from xdplb.model import BackendKey, Protocol, Service
 
 FLOWS = 3000

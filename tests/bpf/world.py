@@ -38,11 +38,11 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 
 from xdplb import abi
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
     Admin,

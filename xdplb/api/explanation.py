@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 from xdplb.abi import FlowState, ServiceFlag, Subject
 from xdplb.api.messages import Explanation, FlowWay, FrameHeaders, NewConnection, RememberedFlow, SlotAnswer
-from xdplb.core.desired import BackendStatus
+from xdplb.core.status import BackendStatus
 from xdplb.dataplane import frames
 from xdplb.dataplane.frames import Endpoint, Flow
 from xdplb.dataplane.trace import Found, Reason

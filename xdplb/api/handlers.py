@@ -6,14 +6,16 @@ import asyncio
 import socket
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from xdplb.api import explanation
 from xdplb.api.control import JSON, Handler, Request
 from xdplb.config import read as configuration
 from xdplb.config.differences import changes
-from xdplb.core.desired import FULLY_GROWN
 from xdplb.core.forecast import forecast
+from xdplb.core.status import FULLY_GROWN
+from xdplb.daemon import flow_upkeep
 from xdplb.dataplane import frames
 from xdplb.dataplane.clock import clock
 from xdplb.errors import UsageError, XdplbError
@@ -48,7 +50,7 @@ class Commands:
         return {"services": [self._service(service) for service in services]}
 
     def _service(self, service: Service) -> JSON:
-        remembered = self._daemon.engine.remembered()
+        remembered = flow_upkeep.remembered(self._daemon.engine)
         desired = self._daemon.engine.desired(service)
         backends: list[JSON] = []
         for backend, wanted in zip(service.backends, desired.backends, strict=True):
@@ -64,8 +66,8 @@ class Commands:
                     "reason": health.reason,
                     "weight": backend.weight if status.weight is None else status.weight,
                     "effective_weight": desired.shown_weight(wanted),
-                    "active_flows": self._daemon.engine.active(key),
-                    "open_flows": self._daemon.engine.open(key),
+                    "active_flows": flow_upkeep.active(self._daemon.engine, key),
+                    "open_flows": flow_upkeep.open_flows(self._daemon.engine, key),
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
@@ -97,7 +99,8 @@ class Commands:
     def _difference(self, config: Config) -> JSON:
         daemon = self._daemon
         engine = daemon.engine
-        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, engine.open)
+        open_flows = partial(flow_upkeep.open_flows, engine)
+        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, open_flows)
         return {
             "changes": cast(JSON, list(changes(daemon.config, config))),
             "services": [
@@ -133,7 +136,7 @@ class Commands:
             "backend": key.backend,
             "admin": status.admin.value,
             "weight": status.weight,
-            "window_s": daemon.engine.window_s(key.service),
+            "window_s": flow_upkeep.window_s(daemon.engine, key.service),
         }
 
     async def _explain(self, request: Request) -> JSON:

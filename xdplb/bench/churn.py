@@ -22,11 +22,12 @@ from xdplb import paths
 from xdplb.abi import FlowTimes, defines
 from xdplb.config import read as configuration
 from xdplb.core import flow_cache, requirements
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon import flow_upkeep
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import bundle, loader, syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import Admin, BackendKey, HealthState
@@ -214,8 +215,8 @@ class Replay:
 
     def _settle(self) -> None:
         engine, outcome = self._pool.engine, self.outcome
-        engine.settle()
-        engine.sweep()
+        flow_upkeep.settle(engine)
+        flow_upkeep.sweep(engine)
         outcome.peak_live = max(outcome.peak_live, len(self._owners))
         if self._flood is None:
             outcome.peak_remembered = max(outcome.peak_remembered, int(engine.plane.loads["active"].sum()))

@@ -28,11 +28,11 @@ from xdplb.abi import SLOT_IN_TRANSITION, FlowTimes, defines
 from xdplb.bench import churn, tables
 from xdplb.config import read as configuration
 from xdplb.core import requirements
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import bundle, loader, syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import Address, BackendKey, Config, HealthState

@@ -17,11 +17,11 @@ from rich.table import Table
 from xdplb import paths
 from xdplb.config import read as configuration
 from xdplb.core import maglev, requirements
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader
-from xdplb.dataplane.bundle import HashKey
 from xdplb.model import BackendKey, Config, HealthState
 
 _LARGE = 4096

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xdplb import abi
-from xdplb.dataplane.bundle import HashKey
+from xdplb.core.hash_key import HashKey
 from xdplb.model import Address, Protocol
 
 ENTRIES_PER_BUCKET = 2

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from xdplb.core import maglev
-from xdplb.core.desired import BackendStatus, Way, desire
+from xdplb.core.desired import desire
 from xdplb.core.operations import Applied
+from xdplb.core.status import BackendStatus, Way
 from xdplb.model import Address, Backend, BackendKey, Config, FlowMemory, HealthState, Listen, Scheduler, Service
 
 OpenFlows = Callable[[BackendKey], int]

@@ -9,11 +9,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from xdplb.core.desired import FULLY_GROWN, BackendStatus, grown, takes_new_flows
+from xdplb.core.status import FULLY_GROWN, BackendStatus, takes_new_flows
 from xdplb.model import BackendKey, Config, HealthState
 
 Members = dict[str, dict[str, str | None]]
 """Labels of backends by name, by service; None where only the name is known."""
+
+
+def grown(elapsed_s: float, slow_start_s: float) -> int:
+    """How much of its weight a backend has so long after it began to grow: from 1 twentieth to all of them, linearly,
+    in steps of a second or longer.
+    """
+    if elapsed_s >= slow_start_s:
+        return FULLY_GROWN
+    steps = max(1, min(FULLY_GROWN - 1, int(slow_start_s)))
+    return 1 + (FULLY_GROWN - 1) * int(max(elapsed_s, 0.0) * steps / slow_start_s) // steps
 
 
 class Growth:

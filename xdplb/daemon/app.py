@@ -20,12 +20,12 @@ from pathlib import Path
 from xdplb.api.control import JSON, ControlServer, call
 from xdplb.api.handlers import Commands
 from xdplb.config import read as configuration
-from xdplb.core.desired import keeps_flows
+from xdplb.core.allocation import CapacityExceeded
 from xdplb.core.health import Health
-from xdplb.core.planner import CapacityExceeded
-from xdplb.daemon import generations, host, notify
+from xdplb.core.status import Statuses, keeps_flows
+from xdplb.daemon import flow_upkeep, generations, host, larger_maps, notify, record, secret
 from xdplb.daemon.backend_monitor import Watch
-from xdplb.daemon.engine import Engine, Statuses
+from xdplb.daemon.engine import Engine
 from xdplb.daemon.host import Gateway
 from xdplb.daemon.lock import locked
 from xdplb.daemon.logs import log_to_stderr
@@ -156,7 +156,7 @@ class Daemon:
         self._gateway = Gateway(self._links, instance, self._interfaces, self.notes)
         await self._gateway.refuse_foreign(self.options.replace)
         tx_by_redirect = any(interface.kind == "veth" for interface in self._interfaces)
-        self._generations = generations.Generations(instance, generations.hash_key(self.config), tx_by_redirect)
+        self._generations = generations.Generations(instance, secret.hash_key(self.config), tx_by_redirect)
         async with asyncio.TaskGroup() as tasks:
             tending = [
                 tasks.create_task(self._watch.run()),
@@ -254,7 +254,7 @@ class Daemon:
             new.plane.close()
             raise
         self.engine = new
-        new.catch_up(old)
+        larger_maps.catch_up(new, old)
         new.apply_all()  # what changed meanwhile
         self._save()
         if moved:
@@ -292,8 +292,8 @@ class Daemon:
             await asyncio.sleep(SETTLE_EVERY_S)
             async with self._reloading:
                 if self.serving:
-                    self.engine.settle()
-                    await asyncio.to_thread(self.engine.sweep)
+                    flow_upkeep.settle(self.engine)
+                    await asyncio.to_thread(flow_upkeep.sweep, self.engine)
 
     async def _beat(self) -> None:
         """From the event loop, so that one which is stuck counts as lost."""
@@ -326,7 +326,7 @@ class Daemon:
         self._repair()
 
     def _save(self) -> None:
-        generations.note(self.notes, self.engine)
+        record.note(self.notes, self.engine)
         self.notes.health = {str(key): [h.state, h.reason, h.since] for key, h in self.health.items()}
         self.notes.save(self.instance.manifest)
 

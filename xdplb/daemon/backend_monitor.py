@@ -13,10 +13,9 @@ from dataclasses import replace
 
 from xdplb.checks.scheduler import Prober, Target
 from xdplb.core import health
-from xdplb.core.desired import BackendStatus, Way
 from xdplb.core.health import CheckResult, Health
 from xdplb.core.slow_start import Growth
-from xdplb.daemon.engine import Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
 from xdplb.daemon.overrides import Steering
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Address, Admin, BackendKey, Config, HealthState

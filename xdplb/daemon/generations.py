@@ -4,56 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from xdplb.abi import SLOT_BACKEND, STATE_LAYOUT, Features, Geometry
+from xdplb.abi import Features, Geometry
 from xdplb.core import requirements
-from xdplb.core.operations import Applied, AppliedService, BackendEntry
-from xdplb.core.planner import CapacityExceeded
-from xdplb.daemon.engine import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, Engine, Retired, Statuses
+from xdplb.core.allocation import CapacityExceeded
+from xdplb.core.hash_key import HashKey
+from xdplb.core.operations import Applied
+from xdplb.core.status import Statuses
+from xdplb.daemon import record
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.daemon.handover import Inheritance, carry_counters
+from xdplb.daemon.larger_maps import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, moved
 from xdplb.dataplane import bundle, syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import clock
-from xdplb.dataplane.loader import COUNTER_MAPS, Dataplane, ensure_bpffs, open_dataplane, remove_pins
-from xdplb.dataplane.manifest import Manifest, ServiceRecord
-from xdplb.errors import XdplbError
-from xdplb.model import BackendKey, Config
-from xdplb.paths import Instance, make_directory, state_directory
+from xdplb.dataplane.loader import Dataplane, ensure_bpffs, open_dataplane, remove_pins
+from xdplb.dataplane.manifest import Manifest
+from xdplb.model import Config
+from xdplb.paths import Instance
 
 log = logging.getLogger(__name__)
 
 _GROWTHS = 3
-
-
-def hash_key(config: Config) -> HashKey:
-    """The configured secret, or the one drawn at the first start and kept: another one would move every flow."""
-    if config.hash_key:
-        return HashKey.derive(config.hash_key)
-    path = state_directory() / "hash_key"
-    try:
-        secret = path.read_text(encoding="ascii").strip() if path.exists() else ""
-        return HashKey.derive(secret or _draw(path))
-    except (OSError, ValueError) as error:
-        raise XdplbError(
-            f"the hash key cannot be kept in {path}: {error}",
-            "make that possible, or write `hash_key: SECRET` into the configuration",
-        ) from error
-
-
-def _draw(path: Path) -> str:
-    secret = secrets.token_hex(32)
-    make_directory(path.parent)
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    fresh.touch(mode=0o600)
-    fresh.write_text(secret + "\n", encoding="ascii")
-    fresh.replace(path)
-    return secret
 
 
 class Generations:
@@ -78,7 +51,7 @@ class Generations:
         if notes is not None and (geometry := self._adoptable(notes)):
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
-            return Engine(plane, self._key, config, statuses, _applied(plane, notes), _retired(notes))
+            return Engine(plane, self._key, config, statuses, record.applied(plane, notes), record.retired(notes))
         self._left_behind = notes
         geometry = requirements.geometry(config)
         left = Inheritance.of(notes, self._key) if notes is not None else None
@@ -93,7 +66,7 @@ class Generations:
         plane = await self._open(self.features(config), geometry)
         left.copy(plane)
         log.info("took over %d services and their flows from other maps", len(notes.services))
-        return Engine(plane, self._key, config, statuses, _applied(plane, notes), Retired())
+        return Engine(plane, self._key, config, statuses, record.applied(plane, notes), Retired())
 
     def _adoptable(self, notes: Manifest) -> Geometry | None:
         """The geometry of the pinned maps, where this version would make the same."""
@@ -149,7 +122,7 @@ class Generations:
         for name in SHARED_MAPS:
             if name not in left_out:
                 syscall.pin(engine.plane.fd(name), pins / name)
-        return engine.moved_to(await self._open(self.features(config), geometry))
+        return moved(engine, await self._open(self.features(config), geometry))
 
     def carry_counters(self, engine: Engine) -> None:
         """Brings over what maps counted that could not be taken over."""
@@ -178,45 +151,3 @@ class Generations:
         except asyncio.CancelledError:
             await asyncio.wait([opening])
             raise
-
-
-def note(notes: Manifest, engine: Engine) -> None:
-    """Brings the manifest up to what the engine applied."""
-    plane, applied = engine.plane, engine.applied
-    notes.pins = str(plane.pins)
-    notes.layout, notes.key = STATE_LAYOUT, engine.key.name
-    notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}
-    notes.flow_times = asdict(plane.features.times)
-    notes.counters = {name: list(plane.counter_fields(name)) for name in COUNTER_MAPS}
-    backends: dict[str, dict[str, int]] = {name: {} for name in applied.services}
-    for key, (id_, _) in applied.backends.items():
-        backends[key.service][key.backend] = id_
-    notes.services = {
-        service.name: ServiceRecord(
-            id=applied.services[service.name].id,
-            first_slot=applied.services[service.name].first,
-            slot_count=len(applied.services[service.name].table),
-            forward=service.forward,
-            backends=backends[service.name],
-            retired=engine.retired.by_service.get(service.name, []),
-            keep_idle=int(plane.services.entries["keep_idle"][applied.services[service.name].id]),
-        )
-        for service in engine.config.services
-        if service.name in applied.services
-    }
-
-
-def _applied(plane: Dataplane, notes: Manifest) -> Applied:
-    """What an earlier daemon had applied. Slots are read from the map itself; entries are all written anew."""
-    applied = Applied(plane.geometry)
-    for name, record in notes.services.items():
-        words = plane.slots[record.first_slot : record.first_slot + record.slot_count]
-        table = words & np.uint32(SLOT_BACKEND)
-        applied.services[name] = AppliedService(record.id, record.first_slot, table)
-        for backend, id_ in record.backends.items():
-            applied.backends[BackendKey(name, backend)] = (id_, BackendEntry.unknown())
-    return applied
-
-
-def _retired(notes: Manifest) -> Retired:
-    return Retired({name: list(record.retired) for name, record in notes.services.items() if record.retired})

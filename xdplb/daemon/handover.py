@@ -16,9 +16,9 @@ import numpy as np
 
 from xdplb.abi import MAX_BACKEND_IDS, STATE_LAYOUT, Geometry
 from xdplb.core.flow_cache import WAYS, resized
+from xdplb.core.hash_key import HashKey
 from xdplb.daemon.engine import Counters, Engine
 from xdplb.dataplane import syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.counters import read_pinned
 from xdplb.dataplane.loader import Dataplane

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from xdplb import abi
+from xdplb.core.hash_key import HashKey
 
 _INCLUDE = re.compile(r'^#include "([a-z0-9_]+\.h)"$')
 
@@ -47,24 +47,6 @@ def _expand(path: Path, seen: set[str]) -> list[str]:
         else:
             lines.append("")
     return lines
-
-
-@dataclass(frozen=True, slots=True)
-class HashKey:
-    """What all hashing in the packet path is keyed with: two words drawn from the secret."""
-
-    seed: int
-    factor: int
-
-    @property
-    def name(self) -> str:
-        """Tells keys apart, and nothing about them."""
-        return hashlib.sha256(f"xdplb hash key\0{self.seed} {self.factor}".encode()).hexdigest()[:12]
-
-    @classmethod
-    def derive(cls, secret: str) -> HashKey:
-        digest = hashlib.sha256(b"xdplb flow hash\0" + secret.encode()).digest()
-        return cls(int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little") | 1)
 
 
 def abi_hash(geometry: abi.Geometry, key: HashKey) -> str:

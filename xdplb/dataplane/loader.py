@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from xdplb import abi
 from xdplb.core import flow_cache
+from xdplb.core.hash_key import HashKey
 from xdplb.dataplane import bundle, syscall
 from xdplb.dataplane.codec import Codec
 from xdplb.dataplane.trace import Found
@@ -138,7 +139,7 @@ class Dataplane:
         )
 
 
-def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: bundle.HashKey, pins: Path) -> Dataplane:
+def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey, pins: Path) -> Dataplane:
     """Compiles and loads. `pins` is the directory of the maps' pins: adopted where it is filled, filled where it is
     not.
 

@@ -9,6 +9,8 @@ import numpy as np
 from xdplb.abi import BACKEND_GONE, SLOT_IN_TRANSITION, TARGET_SOURCE, BackendFlag, ServiceFlag
 from xdplb.core import address_table, flow_cache
 from xdplb.core.address_table import Endpoints, address_words
+from xdplb.core.allocation import CapacityExceeded
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import (
     BackendEntry,
     ClearBackend,
@@ -21,8 +23,6 @@ from xdplb.core.operations import (
     PutTurns,
     ServiceEntry,
 )
-from xdplb.core.planner import CapacityExceeded
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import Clock
 from xdplb.dataplane.codec import Value, network_order
 from xdplb.dataplane.loader import Dataplane

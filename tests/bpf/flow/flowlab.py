@@ -21,11 +21,12 @@ from reference import Hash
 
 from xdplb import abi
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, Features, FlowTimes, Geometry
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.daemon.engine import Engine, Retired, Statuses
+from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.daemon import flow_upkeep
+from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
-from xdplb.dataplane.bundle import HashKey
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
@@ -145,8 +146,8 @@ class Lab:
 
     def settle(self) -> int:
         """What the daemon does every few seconds. Returns how many slots are still in transition."""
-        unsettled = self.engine.settle()
-        self.engine.sweep()
+        unsettled = flow_upkeep.settle(self.engine)
+        flow_upkeep.sweep(self.engine)
         return unsettled
 
     def _keys(self) -> set[BackendKey]:

@@ -12,9 +12,10 @@ import pytest
 from flowlab import FEATURES, GEOMETRY, PIN_ROOT, SYN, WINDOW, Lab, loaded, service
 
 from xdplb.abi import BackendFlag, FlowTimes
+from xdplb.core.allocation import CapacityExceeded
 from xdplb.core.flow_cache import Flows
-from xdplb.core.planner import CapacityExceeded
-from xdplb.daemon.engine import SHARED_MAPS
+from xdplb.daemon import flow_upkeep, larger_maps
+from xdplb.daemon.larger_maps import SHARED_MAPS
 from xdplb.dataplane import syscall
 from xdplb.model import BackendKey, Config, HealthState, OnAllDown, Service
 
@@ -103,7 +104,7 @@ def larger(lab: Lab) -> Iterator[Lab]:
     sizes = ("backends", "slots", "address_buckets", "intervals")
     with loaded("larger", geometry=replace(GEOMETRY, **{name: 2 * getattr(GEOMETRY, name) for name in sizes})) as plane:
         grown = Lab(plane)
-        grown.engine = lab.engine.moved_to(plane)
+        grown.engine = larger_maps.moved(lab.engine, plane)
         yield grown
 
 
@@ -125,7 +126,7 @@ def test_larger_maps_go_on_with_every_flow(lab: Lab) -> None:
         assert list(grown.engine._planner.whole([grown.engine.desired(s) for s in grown.engine.config.services])) == []
         assert {flow: grown.send(flow) for flow in homes} == homes
         assert "a" not in grown.sent_to(lab.flows(200), SYN)
-        assert grown.engine.remembered()[KEY] >= 50
+        assert flow_upkeep.remembered(grown.engine)[KEY] >= 50
         grown.pass_time(WINDOW)
         assert grown.settle() == len({grown.slot(flow) for flow in homes if grown.owner(flow) != homes[flow]})
         assert {flow: grown.send(flow) for flow in homes} == homes

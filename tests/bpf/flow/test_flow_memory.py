@@ -9,6 +9,7 @@ from flowmodel import Flow
 
 from xdplb.abi import FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState
 from xdplb.core.flow_cache import Flows
+from xdplb.daemon import flow_upkeep
 from xdplb.model import FlowMemory
 
 PLACES = 8
@@ -313,9 +314,9 @@ def test_live_flows_are_counted_by_backend(lab: Lab) -> None:
     assert lab.sent_to(flows[:10]) == {"a": 10}
     began = lab.sent_to(flows[10:], SYN)
     lab.pass_time(60)
-    assert {key.backend: n for key, n in lab.engine.remembered().items()} == {"a": 10, **began}
+    assert {key.backend: n for key, n in flow_upkeep.remembered(lab.engine).items()} == {"a": 10, **began}
     lab.pass_time(1)
-    assert {key.backend: n for key, n in lab.engine.remembered().items()} == {"a": 10}
+    assert {key.backend: n for key, n in flow_upkeep.remembered(lab.engine).items()} == {"a": 10}
 
 
 def test_a_word_is_what_the_control_plane_takes_it_for(either: Lab) -> None:

@@ -13,7 +13,7 @@ import pytest
 from xdplb.abi import SLOT_IN_TRANSITION, FlowState, ServiceFlag, Subject
 from xdplb.api import explanation
 from xdplb.api.explanation import Known, parse, span, state_in_words
-from xdplb.core.desired import BackendStatus, Way
+from xdplb.core.status import BackendStatus, Way
 from xdplb.dataplane import frames
 from xdplb.dataplane.frames import Endpoint, Flow
 from xdplb.dataplane.trace import Found, Reason

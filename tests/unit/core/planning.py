@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from xdplb.abi import BackendFlag, Geometry
 from xdplb.core import maglev
 from xdplb.core.address_table import Claim
-from xdplb.core.desired import BackendStatus, DesiredService, Way, desire, shared_backends
+from xdplb.core.desired import DesiredService, desire
+from xdplb.core.entries import Tunnels
+from xdplb.core.nat_replies import shared_backends
 from xdplb.core.operations import (
     Applied,
     BackendEntry,
@@ -28,7 +30,8 @@ from xdplb.core.operations import (
     PutTurns,
     ServiceEntry,
 )
-from xdplb.core.planner import Planner, Tunnels
+from xdplb.core.planner import Planner
+from xdplb.core.status import BackendStatus, Way
 from xdplb.model import (
     Admin,
     Backend,

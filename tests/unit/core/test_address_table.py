@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from xdplb import abi
 from xdplb.core import address_table
 from xdplb.core.address_table import Claim, Endpoints, TableFull
-from xdplb.dataplane.bundle import HashKey
+from xdplb.core.hash_key import HashKey
 from xdplb.model import Address, Protocol
 
 RUN = np.dtype([("first", "<u4"), ("count", "<u4")])

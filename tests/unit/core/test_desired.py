@@ -11,18 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xdplb.core.desired import (
-    FULLY_GROWN,
-    BackendStatus,
-    DesiredBackend,
-    Way,
-    configured_weight,
-    desire,
-    grown,
-    reply_ports,
-    serving,
-    shared_backends,
-)
+from xdplb.core.desired import DesiredBackend, desire
+from xdplb.core.nat_replies import reply_ports, shared_backends
+from xdplb.core.slow_start import grown
+from xdplb.core.status import FULLY_GROWN, BackendStatus, Way
+from xdplb.core.weights import configured_weight, serving
 from xdplb.model import (
     Admin,
     Backend,

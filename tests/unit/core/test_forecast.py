@@ -9,8 +9,8 @@ from ipaddress import IPv4Address
 import pytest
 from planning import DOWN, UP, Machine, World, healthy, service
 
-from xdplb.core.desired import BackendStatus
 from xdplb.core.forecast import Forecast, ServiceForecast, forecast
+from xdplb.core.status import BackendStatus
 from xdplb.model import Admin, Affinity, Backend, BackendKey, Config, FlowMemory, Forward, Scheduler, Service
 
 WEB = service("web1", 4)

@@ -25,7 +25,6 @@ from planning import (
 )
 
 from xdplb.abi import BackendFlag
-from xdplb.core.desired import BackendStatus
 from xdplb.core.operations import (
     AppliedService,
     BackendEntry,
@@ -37,6 +36,7 @@ from xdplb.core.operations import (
     PutService,
     PutSlots,
 )
+from xdplb.core.status import BackendStatus
 from xdplb.model import (
     Backend,
     BackendKey,

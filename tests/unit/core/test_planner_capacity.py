@@ -20,7 +20,7 @@ from planning import (
 
 from xdplb.abi import Geometry
 from xdplb.core import maglev
-from xdplb.core.planner import CapacityExceeded
+from xdplb.core.allocation import CapacityExceeded
 
 
 def test_ids_run_out_before_anything_is_written() -> None:

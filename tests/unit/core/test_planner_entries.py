@@ -17,9 +17,10 @@ from planning import (
 )
 
 from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
-from xdplb.core.desired import BackendStatus, reply_ports
+from xdplb.core.entries import Tunnels
+from xdplb.core.nat_replies import reply_ports
 from xdplb.core.operations import BackendEntry, ServiceEntry
-from xdplb.core.planner import Tunnels
+from xdplb.core.status import BackendStatus
 from xdplb.model import (
     Backend,
     Forward,

@@ -7,8 +7,8 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from xdplb.core.desired import FULLY_GROWN, BackendStatus, Way
 from xdplb.core.slow_start import Growth
+from xdplb.core.status import FULLY_GROWN, BackendStatus, Way
 from xdplb.model import (
     Admin,
     Backend,

@@ -1,0 +1,158 @@
+"""What the maps' entries say about a service, a backend, an address. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+
+from xdplb import abi
+from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
+from xdplb.core.address_table import Claim
+from xdplb.core.desired import DesiredBackend, DesiredService
+from xdplb.core.nat_replies import reply_ports
+from xdplb.core.operations import Applied, AppliedService, BackendEntry, Publish, ServiceEntry
+from xdplb.model import (
+    Address,
+    Affinity,
+    BackendKey,
+    FlowMemory,
+    Forward,
+    OnAllDown,
+    OnRemove,
+    Protocol,
+    Scheduler,
+    Service,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnels:
+    """The prefixes that outer source addresses are drawn from; None: the gateway's own address. `sources` is what full
+    NAT sends from, IPv4 first.
+    """
+
+    ipv4: IPv4Network | None = None
+    ipv6: IPv6Network | None = None
+    sources: tuple[Address, ...] = ()
+
+
+def service_entry(service: Service, applied: AppliedService) -> ServiceEntry:
+    """`applied`: where its slots and its turns are."""
+    cycle = applied.turns if applied.turns and applied.turns.count and takes_turns(service) else None
+    affinity = service.affinity or Affinity()
+    return ServiceEntry(
+        address=service.listen.address,
+        slots=applied.first,
+        slot_count=len(applied.table),
+        hash_ports=service.scheduler is not Scheduler.SOURCE_HASH and service.affinity is None,
+        port=service.listen.first_port if service.listen.single_port else 0,
+        gue_port=service.gue_port,
+        forward=ForwardCode[service.forward.name],
+        flags=_service_flags(service),
+        scheduler=_code(service.scheduler),
+        turns=cycle.first if cycle else 0,
+        turn_count=cycle.count if cycle else 0,
+        members=len(cycle.ids) - cycle.count if cycle else 0,
+        client_prefix=affinity.prefix6 if service.listen.address.version == 6 else 96 + affinity.prefix4,
+        keep_idle_s=affinity.timeout_s if service.affinity else 0.0,
+    )
+
+
+def _service_flags(service: Service) -> ServiceFlag:
+    flags = ServiceFlag(0)
+    if service.on_all_down is OnAllDown.REJECT:
+        flags |= ServiceFlag.REJECT
+    if service.flows is FlowMemory.NONE:
+        flags |= ServiceFlag.STATELESS
+    if service.on_remove is OnRemove.RESET:
+        flags |= ServiceFlag.RESET
+    if service.affinity is not None:
+        flags |= ServiceFlag.BY_CLIENT
+    if service.listen.protocol is Protocol.UDP:
+        flags |= ServiceFlag.UDP
+    return flags
+
+
+def _code(scheduler: Scheduler) -> SchedulerCode:
+    """rr is wrr, and lc wlc, where all weigh the same; where they do not, nobody wants the weights left out."""
+    match scheduler:
+        case Scheduler.RR | Scheduler.WRR:
+            return SchedulerCode.TURNS
+        case Scheduler.LC | Scheduler.WLC:
+            return SchedulerCode.LEAST
+        case Scheduler.P2C:
+            return SchedulerCode.TWO
+    return SchedulerCode.HASH
+
+
+def takes_turns(service: Service) -> bool:
+    return _code(service.scheduler) in (SchedulerCode.TURNS, SchedulerCode.LEAST)
+
+
+def settles(service: Service) -> bool:
+    """Whether the slots alone say where a new flow goes, once nothing changes."""
+    return service.scheduler.hashes and service.flows is not FlowMemory.ALL
+
+
+def window_s(service: Service) -> float | None:
+    """A client may be silent for as long as its affinity lasts."""
+    return service.affinity.timeout_s if service.affinity else None
+
+
+def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tunnels: Tunnels) -> BackendEntry:
+    flags = BackendFlag(0)
+    if backend.up:
+        flags |= BackendFlag.UP
+    if backend.config.address.version == 6:
+        flags |= BackendFlag.IPV6
+    if backend.shared:
+        flags |= BackendFlag.SHARED
+    if backend.keeps:
+        flags |= BackendFlag.KEEP
+    address, port, way = backend.config.address, backend.config.port or 0, backend.way
+    if way is None:
+        return BackendEntry(address, service_id, port, flags)
+    source, spread = _source(tunnels, way.source, service.forward, address)
+    return BackendEntry(
+        address=address,
+        service=service_id,
+        port=port,
+        flags=flags,
+        source=source,
+        source_spread=spread,
+        ifindex=way.ifindex,
+        macs=way.dest_mac + way.source_mac,
+        mtu=min(way.mtu, 65535),
+        load_weight=backend.weight if backend.up and not service.scheduler.hashes else 0,
+    )
+
+
+def _source(tunnels: Tunnels, own: Address | None, forward: Forward, backend: Address) -> tuple[Address | None, int]:
+    """The outer source, and the bits of its last 32 that follow the flow."""
+    prefix = tunnels.ipv4 if backend.version == 4 else tunnels.ipv6
+    if not forward.encapsulates or prefix is None:
+        return own, 0
+    return prefix.network_address, (1 << min(prefix.max_prefixlen - prefix.prefixlen, 32)) - 1
+
+
+def claims(services: Iterable[DesiredService], applied: Applied, tunnels: Tunnels) -> Publish:
+    """Which addresses and ports mean something to the packet path, once `applied` holds all of them."""
+    replying: list[Claim] = []
+    listening = [
+        Claim(address, protocol, abi.FIRST_SOURCE_PORT, 65535, abi.TARGET_SOURCE + index)
+        for index, address in enumerate(tunnels.sources)
+        for protocol in Protocol
+    ]
+    for service in services:
+        listen = service.config.listen
+        id_ = applied.services[service.config.name].id
+        listening.append(Claim(listen.address, listen.protocol, listen.first_port, listen.last_port, id_))
+        if service.config.forward is not Forward.NAT:
+            continue
+        for backend in service.backends:
+            key = BackendKey(service.config.name, backend.config.name)
+            first, last = reply_ports(service.config, backend.config)
+            target = applied.backends[key][0]
+            replying.append(Claim(backend.config.address, listen.protocol, first, last, target))
+    return Publish(tuple(listening), tuple(replying))

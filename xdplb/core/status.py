@@ -1,0 +1,89 @@
+"""What is known of each backend, and what follows from that alone. Pure.
+
+Operational health, the operator's word and the way there are separate; together they say whether a backend may take new
+flows, and whether it keeps those that it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xdplb.model import Address, Admin, BackendKey, Config, HealthState, OnDown, Service
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How frames get to a backend: what the next hop's resolution came to."""
+
+    ifindex: int
+    source_mac: bytes
+    dest_mac: bytes
+    source: Address | None
+    mtu: int
+
+
+FULLY_GROWN = 20
+"""A backend in slow start has so many twentieths of its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
+    holds; `grown` are the twentieths that it has of either.
+    """
+
+    health: HealthState = HealthState.UNKNOWN
+    admin: Admin = Admin.ACTIVE
+    weight: int | None = None
+    way: Way | None = None
+    grown: int = FULLY_GROWN
+
+
+@dataclass(slots=True)
+class Statuses:
+    """What is known of each configured backend. A backend that the configuration dropped is forgotten."""
+
+    by_service: dict[str, dict[str, BackendStatus]] = field(default_factory=dict)
+
+    def get(self, key: BackendKey) -> BackendStatus:
+        return self.by_service[key.service][key.backend]
+
+    def set(self, key: BackendKey, status: BackendStatus) -> None:
+        self.by_service[key.service][key.backend] = status
+
+    def copy(self) -> Statuses:
+        return Statuses({name: dict(backends) for name, backends in self.by_service.items()})
+
+    def follow(self, config: Config) -> None:
+        """Exactly the backends of `config` from now on; new ones have a status of their own."""
+        before = self.by_service
+        self.by_service = {
+            service.name: {
+                backend.name: before.get(service.name, {}).get(backend.name, BackendStatus())
+                for backend in service.backends
+            }
+            for service in config.services
+        }
+
+
+def takes_new_flows(status: BackendStatus) -> bool:
+    """Whether health and operator let it. One that comes to that again begins its slow start; an interruption of the
+    way there is none.
+    """
+    return status.health is HealthState.UP and status.admin is Admin.ACTIVE
+
+
+def keeps_flows(status: BackendStatus) -> bool:
+    """Whether a backend that gets no new flows goes on with those that it has: one that drains, a backup that is not
+    needed any more, one of weight 0. One in maintenance does not.
+    """
+    return status.health is HealthState.UP and _may_serve(status)
+
+
+def keeps_flows_when_down(service: Service, status: BackendStatus) -> bool:
+    """The same of one that is down, by the service's policy."""
+    return service.on_down is OnDown.KEEP and _may_serve(status)
+
+
+def _may_serve(status: BackendStatus) -> bool:
+    return status.admin is not Admin.MAINT and status.way is not None

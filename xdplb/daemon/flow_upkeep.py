@@ -1,0 +1,71 @@
+"""What the packet path remembers of flows, as the daemon counts and tends it: slots settle, silent flows end."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION
+from xdplb.core import flow_cache
+from xdplb.daemon.engine import Engine
+from xdplb.model import BackendKey
+
+
+def remembered(engine: Engine) -> dict[BackendKey, int]:
+    """Live remembered flows by backend; those that have none are left out."""
+    _, flows_, live, _ = _look(engine)
+    counts = np.bincount(flows_.backend[live], minlength=1)
+    ids = {key: id_ for key, (id_, _) in engine.applied.backends.items()}
+    return {key: int(counts[id_]) for key, id_ in ids.items() if id_ < len(counts) and counts[id_]}
+
+
+def active(engine: Engine, key: BackendKey) -> int | None:
+    """How many flows (with affinity: clients) a backend has; None where not all are remembered."""
+    return open_flows(engine, key) if engine.services[key.service].remembers_all else None
+
+
+def open_flows(engine: Engine, key: BackendKey) -> int:
+    """How many of the flows that are remembered of a backend have neither ended nor fallen silent."""
+    known = engine.applied.backends.get(key)
+    return int(engine.plane.loads["active"][known[0]]) if known else 0
+
+
+def window_s(engine: Engine, service: str) -> float:
+    """How long a flow that nobody remembers may be silent after its slot changed hands."""
+    affinity = engine.services[service].affinity
+    return max(engine.config.flow_cache.window_s, affinity.timeout_s if affinity else 0.0)
+
+
+def settle(engine: Engine) -> int:
+    """Takes slots out of transition that need it no longer. Returns how many are still in it."""
+    plane = engine.plane
+    tick, remembered, live, services = _look(engine)
+    first, mask = plane.services.entries["slots"][services], plane.services.entries["slot_mask"][services]
+    slots = first + (remembered.fingerprint & mask)
+    elsewhere = (plane.slots[slots] & np.uint32(SLOT_BACKEND)) != remembered.backend
+    settled = flow_cache.settle(plane.slots, plane.transitions, slots[live & elsewhere & (services != 0)], tick)
+    for service in engine.applied.services.values():
+        if not service.settles:
+            settled[service.first :][: len(service.table)] = False
+    plane.slots[settled] &= np.uint32(SLOT_BACKEND)
+    in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
+    tables = ((service.first, len(service.table)) for service in engine.applied.services.values())
+    return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+
+
+def sweep(engine: Engine) -> None:
+    """Lets remembered flows age: who fell silent does not count as active any more, and is forgotten where nothing
+    depends on it. Takes 20 ms and more; may be called from another thread.
+    """
+    engine.plane.sweep()
+
+
+def _look(engine: Engine) -> tuple[int, flow_cache.Flows, flow_cache.Mask, NDArray[np.uint32]]:
+    """The time, all remembered flows, which of them live, and the ids of their services (0: of none any more)."""
+    plane, tick = engine.plane, engine.clock.tick
+    words = plane.flow_words
+    remembered = flow_cache.Flows.decode(words[words != 0], tick)
+    service_of = plane.backends.entries["service"]
+    services = np.where(remembered.backend < len(service_of), service_of[remembered.backend % len(service_of)], 0)
+    at_least = plane.services.entries["keep_idle"][services]
+    return tick, remembered, remembered.live(plane.features.times, at_least) & (services != 0), services
