@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from xdplb.api.control import ControlServer, Handler
+from xdplb.api.server import ControlServer, Handler
 
 
 @contextmanager

@@ -1,45 +1,67 @@
-"""The control socket's commands: what a running daemon answers and does."""
+"""The control socket's commands: a handler each, by name. A new one is a method here; its JSON is in messages.py."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 from xdplb.api import explanation
-from xdplb.api.control import JSON, Handler, Request
+from xdplb.api.messages import JSON
+from xdplb.api.server import Handler, Request
 from xdplb.config import read as configuration
 from xdplb.config.differences import changes
 from xdplb.core.forecast import forecast
-from xdplb.core.status import FULLY_GROWN
+from xdplb.core.health import Health
+from xdplb.core.status import FULLY_GROWN, Statuses
 from xdplb.daemon import flow_upkeep
+from xdplb.daemon.engine import Engine
 from xdplb.dataplane import frames
 from xdplb.dataplane.clock import clock
 from xdplb.errors import UsageError, XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
 from xdplb.net.next_hops import Interface
 
-if TYPE_CHECKING:
-    from xdplb.daemon.app import Daemon
-
 MAX_WEIGHT = 65535
 _ACTIONS = {"drain": Admin.DRAIN, "ready": Admin.ACTIVE, "maint": Admin.MAINT}
 
 
-class Commands:
-    """Handlers over one daemon; each returns the JSON of interface.md or raises XdplbError."""
+class Daemon(Protocol):
+    """What commands ask of a running daemon, and have it do: `daemon.app.Daemon`, or what a test puts in its place."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def health(self) -> Mapping[BackendKey, Health]: ...
+    @property
+    def statuses(self) -> Statuses: ...
+    @property
+    def interfaces(self) -> Sequence[Interface]: ...
+
+    async def read_file(self) -> Config: ...
+    async def reload(self, config: Config) -> None: ...
+    def steer(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Handlers:
+    """Over one daemon; each returns the JSON of messages.py or raises XdplbError."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self.handlers: dict[str, Handler] = {
+        self.by_command: dict[str, Handler] = {
             "status": self._status,
             "diff": self._diff,
             "reload": self._reload,
             "backend": self._backend,
             "explain": self._explain,
+            "stop": self._stop,
         }
 
     async def _status(self, request: Request) -> JSON:
@@ -91,7 +113,7 @@ class Commands:
         return self._difference(await asyncio.to_thread(configuration.parse, text, name))
 
     async def _reload(self, request: Request) -> JSON:
-        config = await self._daemon.reload_file()
+        config = await self._daemon.read_file()
         difference = self._difference(config)
         await self._daemon.reload(config)
         return difference
@@ -129,8 +151,7 @@ class Commands:
             status = replace(status, admin=_ACTIONS[str(action)])
         else:
             raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
-        daemon.steering.set(key, backend, status.admin, status.weight)
-        daemon.steer(key, status.admin, status.weight)
+        daemon.steer(key, backend, status.admin, status.weight)
         return {
             "service": key.service,
             "backend": key.backend,
@@ -156,6 +177,10 @@ class Commands:
             tick_s=clock().tick_s,
         )
         return cast(JSON, explanation.answer(flow, found, known, arrival.name, egress))
+
+    async def _stop(self, request: Request) -> JSON:
+        self._daemon.stop()
+        return None
 
     def _find(self, service: str, backend: str) -> tuple[BackendKey, Backend]:
         known = {s.name: {b.name: b for b in s.backends} for s in self._daemon.config.services}

@@ -5,7 +5,14 @@ Times are ISO 8601 in UTC, counters are since the packet path was set up, rates 
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypeAlias, TypedDict
+
+from xdplb.config.differences import Change
+
+JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+
+GROUP = "xdplb"
+"""Whose members may use the control socket, beside root."""
 
 
 class CheckStatus(TypedDict):
@@ -75,14 +82,6 @@ class Stats(TypedDict):
     services: list[ServiceStats]
     drops: NotRequired[dict[str, int]]
     verdicts: dict[str, int]
-
-
-class Change(TypedDict):
-    """`what` is "service web" or "backend web/a"; `detail` says what is different: "weight 1 -> 2"."""
-
-    kind: Literal["add", "remove", "change"]
-    what: str
-    detail: str
 
 
 class ServiceMoves(TypedDict):

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from xdplb.checks.wire import Endpoint, Perform, Progress, Wire
+from xdplb.checks.endpoint import Endpoint, Perform, Progress
+from xdplb.checks.targets import Target
+from xdplb.checks.wire import Wire
 from xdplb.core.health import CheckResult
 from xdplb.model import Address, BackendKey, Check, CheckType
 
@@ -28,24 +30,6 @@ STARTS_PER_LOOP_PASS = 16
 """Bounds how long a burst keeps the event loop from its other work: a start costs about 0.1 ms."""
 
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A backend to be checked. `server_host` names it for HTTP and TLS where `check.host` does not."""
-
-    key: BackendKey
-    address: Address
-    port: int
-    check: Check
-    server_host: str | None = None
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """What to check. Targets with the same endpoint are checked by one probe."""
-        speaks_http = self.check.type in (CheckType.HTTP, CheckType.HTTPS)
-        host = self.check.host or self.server_host if speaks_http else None
-        return Endpoint(self.address, self.port, self.check, host)
 
 
 def first_checks_within_s(count: int, interval_s: float) -> float:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeVar, cast
 import click
 
 from xdplb import __version__
-from xdplb.api import control
-from xdplb.api.messages import Diff, Explanation, Stats, Status
+from xdplb.api import client
+from xdplb.api.messages import JSON, Diff, Explanation, Stats, Status
 from xdplb.cli import privileges, terminal
 from xdplb.errors import DaemonUnreachable
 from xdplb.model import AttachMode, BackendKey
@@ -112,18 +112,9 @@ def up(
     privileges.require("up")
 
     def serve() -> None:
-        from xdplb.daemon import app as daemon
+        from xdplb.api import lifecycle
 
-        daemon.run(
-            daemon.DaemonOptions(
-                interfaces=settled.interfaces,
-                config=settled.config,
-                config_path=settled.config_path,
-                mode=mode,
-                replace=replace,
-                foreground=not background,
-            )
-        )
+        lifecycle.up(settled.interfaces, settled.config, settled.config_path, AttachMode(mode), replace)
 
     if background:
         from xdplb.cli.background import start
@@ -139,9 +130,9 @@ def down(interface: str) -> None:
     """Stop, and leave no trace."""
     name = Instance(interface).name
     privileges.require("down")
-    from xdplb.daemon import app as daemon
+    from xdplb.api import lifecycle
 
-    for line in daemon.down(name) or [f"{name}: nothing to do"]:
+    for line in lifecycle.down(name) or [f"{name}: nothing to do"]:
         click.echo(line)
 
 
@@ -173,7 +164,7 @@ def diff(file: Path | None, interface: str | None, output: str) -> int:
     path = file or startup.DEFAULT_CONFIG
     startup.load(path, named=file is not None)
     text = path.read_text("utf-8-sig")
-    answer = cast(Diff, control.call(only_instance(interface), "diff", _PLANNING_S, text=text, name=str(path)))
+    answer = cast(Diff, client.call(only_instance(interface), "diff", _PLANNING_S, text=text, name=str(path)))
     _show_diff(answer, output, done=False)
     return 10 if answer["changes"] else 0
 
@@ -183,7 +174,7 @@ def diff(file: Path | None, interface: str | None, output: str) -> int:
 @_output
 def reload(interface: str | None, output: str) -> None:
     """Read the configuration again and apply what changed. With a mistake in it, the old one stays."""
-    _show_diff(cast(Diff, control.call(only_instance(interface), "reload", _PLANNING_S)), output, done=True)
+    _show_diff(cast(Diff, client.call(only_instance(interface), "reload", _PLANNING_S)), output, done=True)
 
 
 @cli.command()
@@ -195,7 +186,7 @@ def status(service: str | None, interface: str | None, output: str) -> None:
 
     Their state and why, weight (effective/configured), flows, and latest check.
     """
-    answer = control.call(only_instance(interface), "status", service=service)
+    answer = client.call(only_instance(interface), "status", service=service)
     if output == "json":
         return terminal.show_json(answer)
     from xdplb.cli import views
@@ -272,7 +263,7 @@ def explain(source: str, destination: str, interface: str | None, output: str) -
     The loaded program itself is asked, with a packet of an open connection (or a datagram), and what it does to that
     is shown; it counts nothing and remembers nothing of it. IPv6 is written as [2001:db8::7]:40000.
     """
-    answer = control.call(only_instance(interface), "explain", source=source, destination=destination)
+    answer = client.call(only_instance(interface), "explain", source=source, destination=destination)
     if output == "json":
         return terminal.show_json(answer)
     from xdplb.cli import flow_views
@@ -330,9 +321,10 @@ def demo() -> None:
     Network namespaces hold a client, the gateway and three web servers; one of them fails.
     """
     privileges.require("demo", privileges.LABORATORY)
+    from xdplb.cli import views
     from xdplb.demo import app as laboratory
 
-    laboratory.run()
+    laboratory.run(views.stats)
 
 
 @cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -378,16 +370,14 @@ def _read_stats(instance: Instance) -> Stats:
 
 def _status_if_any(instance: Instance) -> Status | None:
     try:
-        return cast(Status, control.call(instance, "status", service=None))
+        return cast(Status, client.call(instance, "status", service=None))
     except DaemonUnreachable:
         return None
 
 
-def _steer(
-    interface: str | None, action: str, key: BackendKey, outcome: str, weight: int | None = None
-) -> control.JSON:
+def _steer(interface: str | None, action: str, key: BackendKey, outcome: str, weight: int | None = None) -> JSON:
     instance = only_instance(interface)
-    answer = control.call(instance, "backend", action=action, service=key.service, backend=key.backend, weight=weight)
+    answer = client.call(instance, "backend", action=action, service=key.service, backend=key.backend, weight=weight)
     click.echo(f"{key} {outcome}")
     return answer
 

@@ -11,7 +11,7 @@ from typing import cast
 
 import click
 
-from xdplb.api import control
+from xdplb.api import client
 from xdplb.api.messages import Status
 from xdplb.errors import XdplbError
 from xdplb.model import BackendKey
@@ -55,7 +55,7 @@ def wait(instance: Instance, key: BackendKey, action: str, window_s: float, time
 
 
 def _read(instance: Instance, key: BackendKey) -> Left:
-    return Left.of(cast(Status, control.call(instance, "status", service=key.service)), key)
+    return Left.of(cast(Status, client.call(instance, "status", service=key.service)), key)
 
 
 def await_none(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Literal, TypedDict
 
-from xdplb.api.messages import Change
 from xdplb.model import Affinity, Backend, Config, Service
 
 _RELOADED = ("source_pool", "tunnel_source4", "tunnel_source6", "control_loss_s")
@@ -13,6 +13,14 @@ _ONLY_AT_START = ("interfaces", "hash_key")
 _ABSENT = {"port": "the service's", "affinity": "flow", "control_loss_s": "keep"}
 """What a value of None means, beside "none"."""
 _TITLES = {"control_loss_s": "on_control_loss"}
+
+
+class Change(TypedDict):
+    """`what` is "service web" or "backend web/a"; `detail` says what is different: "weight 1 -> 2"."""
+
+    kind: Literal["add", "remove", "change"]
+    what: str
+    detail: str
 
 
 def changes(old: Config, new: Config) -> Iterator[Change]:

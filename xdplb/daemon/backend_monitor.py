@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from xdplb.checks.scheduler import Prober, Target
+from xdplb.checks.endpoint import Perform
+from xdplb.checks.scheduler import Prober
+from xdplb.checks.targets import Target, Targets, targets
 from xdplb.core import health
 from xdplb.core.health import CheckResult, Health
 from xdplb.core.slow_start import Growth
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, Statuses
 from xdplb.daemon.overrides import Steering
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Address, Admin, BackendKey, Config, HealthState
-from xdplb.net.links import Links
-from xdplb.net.next_hop_watcher import NextHopWatcher
-from xdplb.net.next_hops import LinkEvent, NextHop, NextHopState
+from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
+from xdplb.net.next_hops import LinkEvent, NextHop, NextHopState, way_of
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +31,28 @@ FIRST_VERDICTS_S = 5.0
 
 GROWTH_EVERY_S = 1.0
 
-Targets = dict[BackendKey, Target]
 
+class BackendMonitor:
+    """`on_change(key)` comes after `statuses` has the new status; `on_link` for every change of an interface.
 
-class Watch:
-    """`on_change(key)` comes after `statuses` has the new status; `on_link` for every change of an interface."""
+    `perform` carries out checks in place of real sockets.
+    """
 
     def __init__(
         self,
-        links: Links,
+        kernel: Kernel,
         steering: Steering,
         on_change: Callable[[BackendKey], None],
         on_link: Callable[[LinkEvent], None],
+        *,
+        perform: Perform | None = None,
     ) -> None:
         self.health: dict[BackendKey, Health] = {}
         self.statuses = Statuses()
         self._steering = steering
         self._on_change = on_change
-        self._prober = Prober(self._on_result, self._next_interval, max_in_flight=4096)
-        self._watcher = NextHopWatcher(links, self._on_next_hop, self._on_trouble, on_link)
+        self._prober = Prober(self._on_result, self._next_interval, perform=perform, max_in_flight=4096)
+        self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
         self._targets: Targets = {}
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._lost: set[Address] = set()
@@ -76,7 +80,7 @@ class Watch:
             if left is not None and str(key) in left.health and known.state is HealthState.UNKNOWN:
                 state, reason, since = left.health[str(key)]
                 known = self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
-            way = _way(self._watcher.records.get(target.address))
+            way = way_of(self._watcher.records.get(target.address))
             steer = steers.get(key)
             admin, weight = (steer.admin, steer.weight) if steer else (Admin.ACTIVE, None)
             before = BackendStatus() if key in joining else self.statuses.get(key)
@@ -148,7 +152,7 @@ class Watch:
         self._news.set()
         if record.state is NextHopState.LOCAL:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
-        way = _way(record)
+        way = way_of(record)
         for key in self._by_address.get(record.address, ()):
             self._change(key, lambda status: replace(status, way=way))
         if way is not None and record.address in self._lost:
@@ -174,23 +178,3 @@ class Watch:
         if status != known:
             self.statuses.set(key, status)
             self._on_change(key)
-
-
-def targets(config: Config) -> Targets:
-    """What is to be checked, by backend."""
-    found = {}
-    for service in config.services:
-        for backend in service.backends:
-            key = BackendKey(service.name, backend.name)
-            port = service.check.port or backend.port or service.listen.first_port
-            found[key] = Target(key, backend.address, port, service.check, service.check.host)
-    return found
-
-
-def _way(record: NextHop | None) -> Way | None:
-    """The way there, where frames can be sent: a neighbour that failed takes none."""
-    if record is None or record.dest_mac is None:
-        return None
-    if record.state not in (NextHopState.REACHABLE, NextHopState.RESOLVING):
-        return None
-    return Way(record.ifindex, record.source_mac, record.dest_mac, record.source_address, record.mtu)

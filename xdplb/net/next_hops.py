@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xdplb.core.status import Way
 from xdplb.model import Address, Network
 
 
@@ -212,3 +213,12 @@ def trouble(previous: NextHop | None, current: NextHop) -> str | None:
             return f"no route to {current.address} any more"
         case _:
             return f"{current.address} has become an address of this host"
+
+
+def way_of(record: NextHop | None) -> Way | None:
+    """The way there, where frames can be sent: a neighbour that failed takes none."""
+    if record is None or record.dest_mac is None:
+        return None
+    if record.state not in (NextHopState.REACHABLE, NextHopState.RESOLVING):
+        return None
+    return Way(record.ifindex, record.source_mac, record.dest_mac, record.source_address, record.mtu)

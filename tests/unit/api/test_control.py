@@ -19,7 +19,9 @@ import pytest
 from controlling import serving
 
 import xdplb
-from xdplb.api.control import GROUP, MAX_REQUEST_BYTES, ControlServer, Request, call
+from xdplb.api.client import call
+from xdplb.api.messages import GROUP
+from xdplb.api.server import MAX_REQUEST_BYTES, ControlServer, Request
 from xdplb.errors import (
     CompileError,
     ConfigError,

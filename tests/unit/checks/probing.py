@@ -13,7 +13,8 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
-from xdplb.checks.scheduler import Prober, Target
+from xdplb.checks.scheduler import Prober
+from xdplb.checks.targets import Target
 from xdplb.core.health import CheckResult
 from xdplb.model import BackendKey, Check
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from probing import NEVER_S, Watch, in_loop, probing, serving, silent, target
 
-from xdplb.checks.scheduler import FIRST_CHECKS_PER_S, FIRST_CHECKS_WITHIN_S, Target, first_checks_within_s, next_start
-from xdplb.checks.wire import Endpoint, Progress
+from xdplb.checks.endpoint import Endpoint, Progress
+from xdplb.checks.scheduler import FIRST_CHECKS_PER_S, FIRST_CHECKS_WITHIN_S, first_checks_within_s, next_start
+from xdplb.checks.targets import Target
 from xdplb.core.health import CheckResult
 from xdplb.model import BackendKey, Check, CheckType
 
@@ -98,7 +99,7 @@ def test_endpoints_that_start_together_part_over_the_whole_interval() -> None:
 
 def test_phases_are_the_same_in_every_process() -> None:
     program = (
-        "import ipaddress, xdplb.checks.wire as c, xdplb.model as m;"
+        "import ipaddress, xdplb.checks.endpoint as c, xdplb.model as m;"
         "print(c.Endpoint(ipaddress.ip_address('127.0.0.1'), 80, m.Check()).phase)"
     )
     there = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout

@@ -17,7 +17,8 @@ import pytest
 from controlling import serving
 
 import xdplb
-from xdplb.api.control import JSON, Handler, Request
+from xdplb.api.messages import JSON
+from xdplb.api.server import Handler, Request
 from xdplb.cli import privileges, terminal
 from xdplb.cli.commands import cli
 from xdplb.errors import CompileError, ConfigError, UsageError, XdplbError

@@ -15,8 +15,8 @@ import pytest
 from controlling import serving
 
 import xdplb
-from xdplb.api.control import JSON, Handler, Request
-from xdplb.api.messages import Status
+from xdplb.api.messages import JSON, Status
+from xdplb.api.server import Handler, Request
 from xdplb.cli.drain_wait import Left, await_none
 from xdplb.errors import XdplbError
 from xdplb.model import BackendKey

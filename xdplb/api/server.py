@@ -1,11 +1,11 @@
-"""How commands reach a running daemon: JSON lines over a unix socket.
+"""The control socket's side of the daemon: JSON lines over a unix socket.
 
     {"command": "status", "service": "web"}
     {"ok": true, "result": {...}}
-    {"ok": false, "error": {"message": "...", "hint": "...", "exit_code": 1, "mistakes": [...], "log": "..."}}
+    {"ok": false, "error": {...}}                 refusals.py
 
 Who may use the socket may do all that the daemon does, so it belongs to root and, where there is one, to the group
-"xdplb". `mistakes` stand where a configuration is not valid, `log` where a program did not compile.
+"xdplb".
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,22 +23,14 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from xdplb import __version__
-from xdplb.errors import (
-    BY_EXIT_CODE,
-    CompileError,
-    ConfigError,
-    DaemonUnreachable,
-    NotPrivileged,
-    UsageError,
-    XdplbError,
-)
-from xdplb.paths import Instance, make_directory
+from xdplb.api import refusals
+from xdplb.api.messages import GROUP, JSON
+from xdplb.errors import UsageError, XdplbError
+from xdplb.paths import make_directory
 
-JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 Request: TypeAlias = dict[str, JSON]
 Handler: TypeAlias = Callable[[Request], Awaitable[JSON]]
 
-GROUP = "xdplb"
 MAX_REQUEST_BYTES = 16 << 20
 """Of one line. `diff` sends a whole configuration: 65,535 backends are about 5 MiB."""
 GRACE_S = 2.0
@@ -144,12 +135,7 @@ def _too_long() -> bytes:
 
 
 def _refusal(error: XdplbError) -> bytes:
-    body: dict[str, JSON] = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
-    if isinstance(error, ConfigError):
-        body["mistakes"] = list(error.mistakes)
-    if isinstance(error, CompileError):
-        body["log"] = error.log
-    return json.dumps({"ok": False, "error": body}).encode()
+    return json.dumps({"ok": False, "error": refusals.encode(error)}).encode()
 
 
 def _bind(path: Path) -> socket.socket:
@@ -177,67 +163,3 @@ def _umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-def call(instance: Instance, command: str, timeout_s: float = 10.0, **params: JSON) -> JSON:
-    """The daemon's answer to one request. Raises what the daemon raised, DaemonUnreachable, or NotPrivileged."""
-    request = json.dumps({"command": command, **params}).encode() + b"\n"
-    answer = _exchange(instance, request, timeout_s)
-    try:
-        body = json.loads(answer)
-        if body["ok"]:
-            result: JSON = body["result"]
-            return result
-        error = _from_refusal(body["error"])
-    except (ValueError, KeyError, TypeError):
-        raise DaemonUnreachable(f"what answers on {instance.control} is not an xdplb daemon") from None
-    raise error
-
-
-def _exchange(instance: Instance, request: bytes, timeout_s: float) -> bytes:
-    deadline = time.monotonic() + timeout_s
-    answer = bytearray()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        try:
-            connection.settimeout(timeout_s)
-            connection.connect(str(instance.control))
-            with suppress(BrokenPipeError, ConnectionResetError):  # refused half-way: the reason is there to read
-                connection.sendall(request)
-            while not answer.endswith(b"\n"):
-                connection.settimeout(max(deadline - time.monotonic(), 0.001))
-                piece = connection.recv(1 << 20)
-                if not piece:
-                    break
-                answer += piece
-        except OSError as error:
-            raise _unreachable(instance, error, timeout_s) from None
-    if not answer:
-        raise DaemonUnreachable(f"the daemon on {instance.name} closed the connection without an answer")
-    return bytes(answer)
-
-
-def _unreachable(instance: Instance, error: OSError, timeout_s: float) -> XdplbError:
-    start = f"Start it with: xdplb up {instance.name}"
-    match error:
-        case FileNotFoundError() | NotADirectoryError():
-            return DaemonUnreachable(f"no xdplb daemon runs on {instance.name}", start)
-        case ConnectionRefusedError():
-            hint = f"{start} (it takes over the packet path that is there; nothing is interrupted)"
-            return DaemonUnreachable(f"the xdplb daemon on {instance.name} is gone; its socket is left over", hint)
-        case PermissionError():
-            hint = f"Use sudo, or join the group {GROUP!r}."
-            return NotPrivileged(f"you may not open the control socket {instance.control}", hint)
-        case TimeoutError():
-            return DaemonUnreachable(f"the xdplb daemon on {instance.name} did not answer within {timeout_s:g} s")
-    return DaemonUnreachable(f"the xdplb daemon on {instance.name} does not answer: {error.strerror or error}")
-
-
-def _from_refusal(body: dict[str, JSON]) -> XdplbError:
-    message, hint, mistakes, log_text = str(body["message"]), str(body["hint"]), body.get("mistakes"), body.get("log")
-    if isinstance(mistakes, list):
-        return ConfigError([str(mistake) for mistake in mistakes], hint)
-    if isinstance(log_text, str):
-        return CompileError(message, hint, log_text)
-    exit_code = body["exit_code"]
-    kind = BY_EXIT_CODE.get(exit_code, XdplbError) if isinstance(exit_code, int) else XdplbError
-    return kind(message, hint)

@@ -1,0 +1,41 @@
+"""What `xdplb up` and `xdplb down` do: a daemon that answers commands, from its start to its end."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from xdplb.api.client import call
+from xdplb.api.handlers import Handlers
+from xdplb.api.server import ControlServer
+from xdplb.daemon import app
+from xdplb.errors import DaemonUnreachable
+from xdplb.model import AttachMode, Config
+from xdplb.paths import Instance
+
+STOPPING_S = 10.0
+"""How long `down` waits for a daemon that was told to stop."""
+
+
+def up(interfaces: tuple[str, ...], config: Config, config_path: Path | None, mode: AttachMode, replace: bool) -> None:
+    """Runs until told to end. `config_path` is None where the command line holds the whole configuration.
+
+    Raises XdplbError where it cannot start, or cannot go on.
+    """
+    options = app.DaemonOptions(interfaces, config, config_path, mode, replace)
+    app.run(options, lambda daemon: ControlServer(daemon.instance.control, Handlers(daemon).by_command))
+
+
+def down(interface: str) -> list[str]:
+    """Ends the daemon if there is one, and removes whatever is left. Returns what was done, a line each."""
+    instance = Instance(interface)
+    done: list[str] = []
+
+    def stop() -> None:
+        with suppress(DaemonUnreachable):
+            call(instance, "stop")
+            done[:] = [f"stopped balancing on {interface}"]
+
+    stop()
+    with app.steering_alone(instance, STOPPING_S, stop):  # one that is starting answers later
+        return [*done, *app.undo(instance)]

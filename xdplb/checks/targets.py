@@ -1,0 +1,40 @@
+"""Which backends a configuration has checked, where, and how. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xdplb.checks.endpoint import Endpoint
+from xdplb.model import Address, BackendKey, Check, CheckType, Config
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A backend to be checked. `server_host` names it for HTTP and TLS where `check.host` does not."""
+
+    key: BackendKey
+    address: Address
+    port: int
+    check: Check
+    server_host: str | None = None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """What to check. Targets with the same endpoint are checked by one probe."""
+        speaks_http = self.check.type in (CheckType.HTTP, CheckType.HTTPS)
+        host = self.check.host or self.server_host if speaks_http else None
+        return Endpoint(self.address, self.port, self.check, host)
+
+
+Targets = dict[BackendKey, Target]
+
+
+def targets(config: Config) -> Targets:
+    """What is to be checked, by backend."""
+    found = {}
+    for service in config.services:
+        for backend in service.backends:
+            key = BackendKey(service.name, backend.name)
+            port = service.check.port or backend.port or service.listen.first_port
+            found[key] = Target(key, backend.address, port, service.check, service.check.host)
+    return found

@@ -1,0 +1,26 @@
+"""What the daemon needs of the kernel's network configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from xdplb.model import Address, AttachMode
+from xdplb.net.links import Attached, Attachment
+from xdplb.net.next_hop_watcher import Kernel
+from xdplb.net.next_hops import Interface
+
+
+class Network(Kernel, Protocol):
+    """What is asked of `net.links.Links`, where each method is documented; a test may bring another network."""
+
+    async def interface(self, name: str) -> Interface: ...
+    async def attached(self, index: int) -> Attached | None: ...
+    async def attach(
+        self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO, expected_fd: int | None = None
+    ) -> Attachment: ...
+    async def replace(self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO) -> Attachment: ...
+    async def detach(self, index: int, expected_fd: int | None = None) -> bool: ...
+    async def addresses(self) -> set[Address]: ...
+    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool: ...
+    async def remove_address(self, index: int, address: Address) -> bool: ...
