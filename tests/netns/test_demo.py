@@ -23,9 +23,9 @@ import xdplb
 pytestmark = pytest.mark.usefixtures("able", "nginx", "bpf_able")
 
 SHORT = """
-from xdplb.cli import terminal
+from xdplb.cli import terminal, views
 from xdplb.demo.app import Schedule, run
-raise SystemExit(terminal.guarded(lambda: run(Schedule(1.2, 1.2, 1.2, new_per_s=200, kept_per_s=50))))
+raise SystemExit(terminal.guarded(lambda: run(views.stats, Schedule(1.2, 1.2, 1.2, new_per_s=200, kept_per_s=50))))
 """
 INTERRUPTED = 130
 

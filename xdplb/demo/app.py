@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from rich.console import Console, RenderableType
 
-from xdplb.api import control
+from xdplb.api import client
 from xdplb.api.messages import BackendStatus, Stats, Status
-from xdplb.cli import views
 from xdplb.config import read as configuration
 from xdplb.dataplane import counters
 from xdplb.demo import view
@@ -77,7 +76,11 @@ class Schedule:
         return self.all_up_s + self.dead_s + self.back_s
 
 
-def run(schedule: Schedule | None = None) -> None:
+StatsTable = Callable[[Stats], RenderableType]
+"""Counters as `xdplb stats` shows them."""
+
+
+def run(stats_table: StatsTable, schedule: Schedule | None = None) -> None:
     """Takes the whole demo through, printing it. XdplbError says what did not work; nothing is left in any case."""
     began_s = time.monotonic()
     check_able()
@@ -88,7 +91,7 @@ def run(schedule: Schedule | None = None) -> None:
     try:
         with screen:
             stale = remove_stale()
-            problems = _play(Demo(laboratory, screen, schedule or Schedule(), began_s), stale)
+            problems = _play(Demo(laboratory, screen, schedule or Schedule(), began_s, stats_table), stale)
     except KeyboardInterrupt:
         laboratory.close()
         screen.close()
@@ -122,11 +125,14 @@ def _require_nothing_left(laboratory: Laboratory) -> None:
 class Demo:
     """One run. Only the main thread starts processes and looks at the clock."""
 
-    def __init__(self, laboratory: Laboratory, screen: Screen, schedule: Schedule, began_s: float) -> None:
+    def __init__(
+        self, laboratory: Laboratory, screen: Screen, schedule: Schedule, began_s: float, stats_table: StatsTable
+    ) -> None:
         self.laboratory = laboratory
         self.screen = screen
         self._schedule = schedule
         self._began_s = began_s
+        self._stats_table = stats_table
         self._instance = laboratory.gateway.instance()
         hosts = dict(zip(WEIGHTS, laboratory.backends, strict=True))
         self._servers = {name: WebServer(host, name) for name, host in hosts.items()}
@@ -253,7 +259,7 @@ class Demo:
             if not process.running:
                 raise XdplbError(f"{what} ended in the middle of the demo; its last words:\n{process.log()}")
         self._collect()
-        (service,) = cast(Status, control.call(self._instance, "status", service=None))["services"]
+        (service,) = cast(Status, client.call(self._instance, "status", service=None))["services"]
         before = {backend["name"]: backend["state"] for backend in self._backends}
         self._backends = service["backends"]
         for backend in self._backends:
@@ -289,7 +295,7 @@ class Demo:
     def _report(self, kill: Change, comeback: Change) -> None:
         answer = cast(Stats, counters.read_stats(self._instance))
         self.screen.line("", view.outcome(self._tally, self._phases, kill, comeback), "")
-        self.screen.line(view.heading("What the gateway's kernel counted: xdplb stats"), views.stats(answer), "")
+        self.screen.line(view.heading("What the gateway's kernel counted: xdplb stats"), self._stats_table(answer), "")
 
     def take_down(self) -> None:
         for line in self.laboratory.gateway.xdplb("down", self._instance.name).stdout.splitlines():
