@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,15 @@ class Retired:
             known[index] += int(value)
 
 
+class Writer(Protocol):
+    """What is asked of `writer.MapWriter`; documented there."""
+
+    window: int
+
+    def apply(self, operation: Operation) -> None: ...
+    def build(self, publish: Publish) -> object: ...
+
+
 def _tunnels(config: Config) -> Tunnels:
     return Tunnels(config.tunnel_source4, config.tunnel_source6, (*config.sources(4), *config.sources(6)))
 
@@ -58,6 +68,7 @@ class Engine:
         applied: Applied,
         retired: Retired,
         clock: Clock | None = None,
+        writer: Writer | None = None,
     ) -> None:
         self.plane = plane
         self.applied = applied
@@ -65,7 +76,7 @@ class Engine:
         self.retired = retired
         self.key = key
         self.clock = clock or the_clock()
-        self._writer = MapWriter(plane, key, self.clock)
+        self._writer = writer or MapWriter(plane, key, self.clock)
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:

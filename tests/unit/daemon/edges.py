@@ -1,0 +1,189 @@
+"""The daemon's two edges, played: a packet path that is arrays, and a kernel whose network is sets. Both note what is
+done to them, in one list where a test wants the order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xdplb.abi import FlowTimes, Geometry
+from xdplb.core.hash_key import HashKey
+from xdplb.core.operations import Applied, Operation, Publish
+from xdplb.core.status import Statuses
+from xdplb.daemon.engine import Engine, Retired
+from xdplb.errors import NotCapable
+from xdplb.model import Address, AttachMode, Backend, Check, CheckType, Config, Forward, Listen, Protocol, Scheduler
+from xdplb.model import Service as ServiceConfig
+from xdplb.net.links import Attached, Attachment
+from xdplb.net.next_hops import Event, Interface, Neighbour, NeighbourKey, Nud, Route
+
+KEY = HashKey.derive("daemon tests")
+GEOMETRY = Geometry(services=16, backends=64, slots=1 << 13, address_buckets=64, intervals=1024, flow_sets=8)
+FRONT = Interface(2, "eth0", bytes.fromhex("020000000002"), 1500, "veth", True, True)
+BACKEND_MAC = bytes.fromhex("0200000000aa")
+TCP = Check(interval_s=3600.0, fast_interval_s=0.01, fall=1, rise=1)
+
+
+def service(*names: str, check: Check = TCP, **settings: Any) -> ServiceConfig:
+    """A service "web" on 203.0.113.1:80, with backends of these names at 10.0.0.1, 10.0.0.2, …"""
+    backends = tuple(Backend(name, IPv4Address(f"10.0.0.{n}"), None) for n, name in enumerate(names, 1))
+    listen = Listen(IPv4Address("203.0.113.1"), 80, 80, Protocol.TCP)
+    made = ServiceConfig("web", listen, Forward.DSR, Scheduler.MAGLEV, check, backends)
+    return replace(made, **settings)
+
+
+def config(*services: ServiceConfig) -> Config:
+    return Config(("eth0",), services)
+
+
+UNCHECKED = replace(TCP, type=CheckType.NONE)
+
+
+class Ticks:
+    """A clock of one tick a second that stands still."""
+
+    tick = 1000
+    tick_s = 1.0
+
+    def ticks(self, seconds: float) -> int:
+        return int(seconds)
+
+
+@dataclass
+class Features:
+    times: FlowTimes = field(default_factory=FlowTimes)
+
+
+class Plane:
+    """A generation of maps, as far as the engine itself looks at them."""
+
+    program_fd = 7
+
+    def __init__(self, name: str, log: list[str], geometry: Geometry = GEOMETRY) -> None:
+        self.name, self.log, self.geometry = name, log, geometry
+        self.features = Features()
+        self.pins = Path("/pins") / name
+        self.loads = np.zeros(geometry.backends, [("active", "u4"), ("weight", "u4")])
+        self.flow_words = np.zeros(8 * geometry.flow_sets, np.uint64)
+        self.trusted_until: int | None = None
+        keep_idle = np.zeros(geometry.services, [("keep_idle", "u2")])
+        self.services = type("Table", (), {"entries": keep_idle})()
+
+    def counter_fields(self, map_name: str) -> tuple[str, ...]:
+        return ("packets", "bytes")
+
+    def read_counter(self, map_name: str, index: int) -> np.ndarray:
+        return np.array([index, 10 * index], np.uint64)
+
+    def set_counters(self, map_name: str, index: int, values: np.ndarray) -> None:
+        pass
+
+    def trust_until(self, tick: int) -> None:
+        self.trusted_until = tick
+
+    def unpin(self) -> None:
+        self.log.append(f"unpin {self.name}")
+
+    def close(self) -> None:
+        self.log.append(f"close {self.name}")
+
+
+class Writing:
+    """Notes the operations."""
+
+    window = 0
+
+    def __init__(self) -> None:
+        self.done: list[Operation] = []
+
+    def apply(self, operation: Operation) -> None:
+        self.done.append(operation)
+
+    def build(self, publish: Publish) -> None:
+        pass
+
+
+def engine(plane: Plane, configured: Config, statuses: Statuses, writing: Writing | None = None) -> Engine:
+    applied = Applied(plane.geometry)
+    return Engine(plane, KEY, configured, statuses, applied, Retired(), Ticks(), writing or Writing())  # type: ignore[arg-type]
+
+
+class Kernel:
+    """One interface, eth0, behind which every address answers at once."""
+
+    def __init__(self, log: list[str] | None = None, addresses: Collection[Address] = ()) -> None:
+        self.log = [] if log is None else log
+        self.present = set(addresses)
+        self.attached_id: int | None = None
+        self.refuses: Mapping[str, Exception] = {}
+
+    async def interfaces(self) -> list[Interface]:
+        return [FRONT]
+
+    async def interface(self, name: str) -> Interface:
+        if name != FRONT.name:
+            raise NotCapable(f"no interface is named '{name}'")
+        return FRONT
+
+    async def neighbours(self) -> list[Neighbour]:
+        return [
+            Neighbour(NeighbourKey(FRONT.index, IPv4Address(f"10.0.0.{n}")), Nud.PERMANENT, BACKEND_MAC, fixed=True)
+            for n in range(1, 9)
+        ]
+
+    async def route(self, address: Address) -> Route | None:
+        return Route(FRONT.index, None, IPv4Address("10.0.0.254"), None)
+
+    async def keep_resolved(self, key: NeighbourKey) -> None:
+        pass
+
+    async def release(self, entry: Neighbour) -> None:
+        pass
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
+        async def nothing() -> AsyncIterator[Event]:
+            await asyncio.get_running_loop().create_future()
+            yield  # type: ignore[misc]
+
+        yield nothing()
+
+    async def attached(self, index: int) -> Attached | None:
+        return None if self.attached_id is None else Attached(self.attached_id, AttachMode.NATIVE)
+
+    async def attach(
+        self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO, expected_fd: int | None = None
+    ) -> Attachment:
+        return Attachment(AttachMode.NATIVE)
+
+    async def replace(self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO) -> Attachment:
+        return Attachment(AttachMode.NATIVE)
+
+    async def detach(self, index: int, expected_fd: int | None = None) -> bool:
+        return False
+
+    async def addresses(self) -> set[Address]:
+        return set(self.present)
+
+    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
+        self._do(f"add {address}")
+        self.present.add(address)
+        return True
+
+    async def remove_address(self, index: int, address: Address) -> bool:
+        self._do(f"remove {address}")
+        self.present.discard(address)
+        return True
+
+    def _do(self, what: str) -> None:
+        if what in self.refuses:
+            raise self.refuses[what]
+        self.log.append(what)

@@ -1,0 +1,141 @@
+"""What is known of a backend, put together: checks, next hops, an operator's word, and what an earlier daemon noted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, service
+
+from xdplb.checks.endpoint import Endpoint, Progress
+from xdplb.daemon.backend_monitor import BackendMonitor
+from xdplb.daemon.overrides import Steering
+from xdplb.dataplane.manifest import Manifest, ServiceRecord
+from xdplb.model import Admin, BackendKey, HealthState
+
+A, B = BackendKey("web", "a"), BackendKey("web", "b")
+ALIVE, DEAD = (True, "L4OK"), (False, "L4CON")
+
+
+class House:
+    """A monitor whose checks end as `answers` says, by address; None: never. `changed` is who was told of, in order."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.answers: dict[str, tuple[bool, str] | None] = {}
+        self.changed: list[BackendKey] = []
+        self.heard = asyncio.Event()
+        self.overrides = Steering(tmp_path / "overrides.json")
+        self.monitor = BackendMonitor(
+            Kernel(), self.overrides, self._on_change, lambda event: None, perform=self._perform
+        )
+
+    async def _perform(self, endpoint: Endpoint, progress: Progress) -> tuple[bool, str]:
+        answer = self.answers.get(str(endpoint.address), ALIVE)
+        if answer is None:
+            await asyncio.get_running_loop().create_future()
+        assert answer is not None
+        return answer
+
+    def _on_change(self, key: BackendKey) -> None:
+        self.changed.append(key)
+        self.heard.set()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self.heard.clear()
+            await self.heard.wait()
+
+
+def in_house(scenario: Callable[[House], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
+    def test(tmp_path: Path) -> None:
+        async def run() -> None:
+            house = House(tmp_path)
+            watching = asyncio.create_task(house.monitor.run())
+            try:
+                async with asyncio.timeout(20):
+                    await scenario(house)
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+
+        asyncio.run(run())
+
+    test.__doc__ = scenario.__doc__
+    return test
+
+
+@in_house
+async def test_first_verdicts_are_waited_for_with_the_way_there(house: House) -> None:
+    house.answers["10.0.0.2"] = DEAD
+    two = config(service("a", "b"))
+    house.monitor.follow(two)
+    assert house.monitor.statuses.get(A).health is HealthState.UNKNOWN
+    await house.monitor.first_verdicts(two)
+    assert [house.monitor.statuses.get(key).health for key in (A, B)] == [HealthState.UP, HealthState.DOWN]
+    way = house.monitor.statuses.get(A).way
+    assert way is not None and way.dest_mac == BACKEND_MAC
+    assert house.monitor.health[B].reason == "L4CON"
+
+
+@in_house
+async def test_a_status_is_told_once_for_each_change_and_after_it_holds(house: House) -> None:
+    one = config(service("a", check=replace(TCP, interval_s=0.01)))
+    house.monitor.follow(one)
+    await house.monitor.first_verdicts(one)
+    house.changed.clear()
+    house.answers["10.0.0.1"] = DEAD
+    await house.until(lambda: house.monitor.statuses.get(A).health is HealthState.DOWN)
+    assert house.changed == [A]
+
+
+@in_house
+async def test_an_operators_word_holds_over_verdicts(house: House) -> None:
+    one = config(service("a"))
+    house.monitor.follow(one)
+    await house.monitor.first_verdicts(one)
+    house.monitor.steer(A, Admin.DRAIN, 5)
+    status = house.monitor.statuses.get(A)
+    assert (status.admin, status.weight, status.health) == (Admin.DRAIN, 5, HealthState.UP)
+    assert house.changed[-1] == A
+
+
+@in_house
+async def test_what_was_set_by_hand_comes_back_with_the_configuration(house: House) -> None:
+    two = config(service("a", "b", check=UNCHECKED))
+    house.overrides.set(B, two.services[0].backends[1], Admin.MAINT, None)
+    house.monitor.follow(two)
+    assert [house.monitor.statuses.get(key).admin for key in (A, B)] == [Admin.ACTIVE, Admin.MAINT]
+
+
+@in_house
+async def test_the_health_that_an_earlier_daemon_noted_holds_until_there_is_a_verdict(house: House) -> None:
+    house.answers |= {"10.0.0.1": None, "10.0.0.2": None}
+    left = Manifest(["eth0"], "/pins", {}, {})
+    left.services["web"] = ServiceRecord(1, 0, 128, "dsr", {"a": 1, "b": 2})
+    left.health = {"web/a": ["up", "L4OK", 17.0], "web/b": ["down", "L4CON", 18.0]}
+    house.monitor.follow(config(service("a", "b")), left)
+    assert [house.monitor.statuses.get(key).health for key in (A, B)] == [HealthState.UP, HealthState.DOWN]
+    assert (house.monitor.health[B].reason, house.monitor.health[B].since) == ("L4CON", 18.0)
+
+
+@in_house
+async def test_who_is_looked_ahead_at_is_checked_but_nobody_is_told(house: House) -> None:
+    one, two = config(service("a")), config(service("a", "b"))
+    house.monitor.follow(one)
+    await house.monitor.first_verdicts(one)
+    house.changed.clear()
+    before = await house.monitor.look_ahead(two)
+    assert house.monitor.health[B].state is HealthState.UP
+    assert house.changed == [] and set(house.monitor.statuses.by_service["web"]) == {"a"}
+    house.monitor.look_back(one, before)
+    assert set(house.monitor.health) == {A}
+
+
+@in_house
+async def test_a_backend_that_the_file_drops_is_forgotten(house: House) -> None:
+    house.monitor.follow(config(service("a", "b", check=UNCHECKED)))
+    house.monitor.follow(config(service("a", check=UNCHECKED)))
+    assert set(house.monitor.health) == {A} and set(house.monitor.statuses.by_service["web"]) == {"a"}

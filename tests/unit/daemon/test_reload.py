@@ -1,0 +1,249 @@
+"""The configuration in force: what happens in which order at a start and a reload, and what an error leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edges import GEOMETRY, UNCHECKED, Kernel, Plane, Ticks, Writing, config, engine, service
+
+from xdplb.core.flow_cache import WAYS
+from xdplb.core.operations import PutBackend
+from xdplb.core.status import Statuses
+from xdplb.daemon.backend_monitor import BackendMonitor
+from xdplb.daemon.engine import Engine
+from xdplb.daemon.overrides import Steering
+from xdplb.daemon.reload import Reloader
+from xdplb.dataplane.manifest import Manifest
+from xdplb.errors import NotCapable
+from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config
+
+ONE = config(service("a", "b", check=UNCHECKED))
+TWO = config(service("a", "b", "c", check=UNCHECKED))
+
+
+class House:
+    """A reloader between edges that are played. `log` has what was done, in order."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.log: list[str] = []
+        self.refuse: dict[str, Exception] = {}
+        self.between: Callable[[], None] = lambda: None
+        self.planes: list[Plane] = []
+        self.next_plane: Plane | None = None
+        self.overrides = Steering(tmp_path / "overrides.json")
+        self.monitor = BackendMonitor(Kernel(), self.overrides, lambda key: None, lambda event: None)
+        self.notes = Manifest([], "", {}, {})
+        self.reloader = Reloader(
+            ONE, self.monitor, self.overrides, self, self, self.notes, self._save, (AttachMode.AUTO, False)
+        )
+
+    def _do(self, what: str) -> None:
+        if what in self.refuse:
+            raise self.refuse[what]
+        self.log.append(what)
+
+    def _save(self) -> None:
+        self._do("save")
+
+    # the host
+
+    def prepare(self, wanted: Config) -> None:
+        self._do("prepare")
+
+    async def attach(self, program: int, mode: AttachMode, replace: bool) -> None:
+        self.between()
+        self._do("attach")
+
+    async def change_addresses(self, wanted: Config) -> None:
+        self._do("addresses")
+
+    async def leave_other_interfaces(self) -> None:
+        self._do("leave others")
+
+    # generations
+
+    def _open(self, name: str, configured: Config, statuses: Statuses, geometry: Any = GEOMETRY) -> Engine:
+        plane = Plane(name, self.log, geometry)
+        self.planes.append(plane)
+        self._do(f"open {name}")
+        return engine(plane, configured, statuses, Writing())
+
+    async def first(self, wanted: Config, statuses: Statuses, notes: Manifest | None) -> Engine:
+        return self._open("first", wanted, statuses)
+
+    async def next(self, present: Engine, wanted: Config) -> Engine:
+        if self.next_plane is None:
+            return present
+        self.planes.append(self.next_plane)
+        self._do(f"open {self.next_plane.name}")
+        return engine(self.next_plane, present.config, present.statuses, Writing())
+
+    async def roomy(self, present: Engine, wanted: Config) -> Engine:
+        present.rehearse(wanted)
+        return present
+
+    def carry_counters(self, present: Engine) -> None:
+        self._do("counters")
+
+    def forget_others(self, present: Engine) -> None:
+        self._do("forget others")
+
+    # what is there
+
+    @property
+    def configured(self) -> set[str]:
+        """The backends that the packet path knows."""
+        assert self.reloader.engine is not None
+        return {key.backend for key in self.reloader.engine.applied.backends}
+
+
+def in_house(scenario: Callable[[House], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
+    """With the monitor running: backends have their next hops within milliseconds."""
+
+    def test(tmp_path: Path) -> None:
+        async def run() -> None:
+            house = House(tmp_path)
+            watching = asyncio.create_task(house.monitor.run())
+            try:
+                async with asyncio.timeout(20):
+                    await scenario(house)
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+
+        asyncio.run(run())
+
+    test.__doc__ = scenario.__doc__
+    return test
+
+
+@in_house
+async def test_a_start_fills_the_maps_before_packets_meet_them(house: House) -> None:
+    await house.reloader.start(None)
+    order = [
+        "open first",
+        "counters",
+        "save",
+        "prepare",
+        "attach",
+        "addresses",
+        "leave others",
+        "forget others",
+        "save",
+    ]
+    assert house.log == order
+    assert house.configured == {"a", "b"} and house.reloader.serving and house.reloader.attached
+    assert house.notes.services["web"].backends.keys() == {"a", "b"} and house.notes.health["web/a"][0] == "up"
+
+
+@in_house
+async def test_a_start_that_cannot_attach_has_taken_no_address(house: House) -> None:
+    house.refuse["attach"] = NotCapable("no XDP here")
+    with pytest.raises(NotCapable):
+        await house.reloader.start(None)
+    assert "addresses" not in house.log and not house.reloader.attached and not house.reloader.serving
+
+
+@in_house
+async def test_a_reload_on_the_same_maps_attaches_nothing(house: House) -> None:
+    await house.reloader.start(None)
+    house.log.clear()
+    await house.reloader.reload(TWO)
+    assert house.log == ["save", "prepare", "addresses", "save"]
+    assert house.reloader.config is TWO and house.configured == {"a", "b", "c"}
+
+
+@in_house
+async def test_a_reload_to_other_maps_lets_the_old_ones_go_once_the_new_ones_are_attached(house: House) -> None:
+    await house.reloader.start(None)
+    house.log.clear()
+    house.next_plane = Plane("second", house.log)
+    await house.reloader.reload(TWO)
+    order = ["open second", "prepare", "attach", "save", "unpin first", "close first", "save"]
+    assert [done for done in house.log if done != "addresses"][: len(order)] == order
+    assert house.reloader.engine is not None and house.reloader.engine.plane is house.next_plane
+
+
+@in_house
+async def test_flows_that_begin_while_the_new_program_is_attached_are_remembered_there(house: House) -> None:
+    """The old program sees packets up to the moment of the exchange."""
+    await house.reloader.start(None)
+    old = house.planes[0]
+    house.next_plane = Plane("second", house.log, replace(GEOMETRY, flow_sets=4 * GEOMETRY.flow_sets))
+
+    established = 42 << 32 | 1 << 31 | 1 << 14 | Ticks.tick << 2 | 1
+
+    def a_flow_begins() -> None:
+        old.flow_words[2 * WAYS] = established
+
+    house.between = a_flow_begins
+    await house.reloader.reload(TWO)
+    assert (house.next_plane.flow_words >> 32 == 42).any()
+
+
+@in_house
+async def test_what_changed_while_the_new_program_was_attached_is_applied_to_it(house: House) -> None:
+    await house.reloader.start(None)
+    house.next_plane = Plane("second", house.log)
+    a = BackendKey("web", "a")
+
+    def an_operator_acts() -> None:
+        house.overrides.set(a, ONE.services[0].backends[0], Admin.MAINT, None)
+        house.monitor.steer(a, Admin.MAINT, None)
+
+    house.between = an_operator_acts
+    await house.reloader.reload(ONE)
+    assert house.reloader.engine is not None
+    writing: Any = house.reloader.engine._writer
+    last = [done for done in writing.done if isinstance(done, PutBackend) and done.key == a][-1]
+    assert not last.entry.flags
+
+
+@in_house
+async def test_a_program_that_cannot_be_attached_leaves_everything_as_it_was(house: House) -> None:
+    await house.reloader.start(None)
+    before = house.reloader.engine
+    house.log.clear()
+    house.next_plane = Plane("second", house.log)
+    house.refuse["attach"] = NotCapable("the card refuses")
+    with pytest.raises(NotCapable, match="the card refuses"):
+        await house.reloader.reload(TWO)
+    assert house.log == ["open second", "prepare", "unpin second", "close second"]
+    assert (house.reloader.config, house.reloader.engine) == (ONE, before)
+    assert house.configured == {"a", "b"} and set(house.monitor.health) == {BackendKey("web", n) for n in "ab"}
+    house.refuse.clear()
+    await house.reloader.reload(TWO)
+    assert house.configured == {"a", "b", "c"}
+
+
+@in_house
+async def test_a_configuration_that_no_maps_can_hold_is_refused_in_words(house: House) -> None:
+    await house.reloader.start(None)
+    crowd = tuple(Backend(f"b{n}", ONE.services[0].backends[0].address, 80 + n) for n in range(GEOMETRY.backends + 1))
+    wanted = config(replace(ONE.services[0], backends=crowd))
+    with pytest.raises(NotCapable, match="cannot be made large enough for backends"):
+        await house.reloader.reload(wanted)
+    assert house.reloader.config is ONE and house.configured == {"a", "b"}
+
+
+@in_house
+async def test_what_an_operator_set_is_forgotten_once_the_file_changes_that_backend(house: House) -> None:
+    await house.reloader.start(None)
+    a, b = ONE.services[0].backends
+    for backend in (a, b):
+        house.overrides.set(BackendKey("web", backend.name), backend, Admin.DRAIN, None)
+    changed = config(replace(ONE.services[0], backends=(replace(a, weight=7), b)))
+    await house.reloader.reload(changed)
+    assert set(house.overrides.held(ONE)) == {BackendKey("web", "b")}, "not even when the file goes back"
+
+
+@in_house
+async def test_reloads_wait_for_each_other(house: House) -> None:
+    await house.reloader.start(None)
+    await asyncio.gather(house.reloader.reload(TWO), house.reloader.reload(ONE))
+    assert house.reloader.config is ONE and house.configured == {"a", "b"}
