@@ -290,11 +290,10 @@ def traces(lab: Laboratory) -> dict[str, str]:
     shell = lab.gateway.shell
     return {
         "addresses": shell("ip -o address | sed 's/ valid_lft.*//'"),
-        "links": shell("ip -d -o link | sed 's/ state [A-Z]*//'"),
+        "links and their programs": shell("ip -d -o link | sed 's/ state [A-Z]*//'"),
         "sysctls": shell(
             "grep -rs . /proc/sys/net/ipv4/conf /proc/sys/net/ipv6/conf /proc/sys/net/ipv4/ip_forward | sort"
         ),
-        "programs": shell("bpftool net"),
         "pins": shell(f"find {lab.pins} 2>/dev/null || true"),
         "runtime": shell(f"find {lab.gateway.environment['XDPLB_RUNTIME_DIRECTORY']} 2>/dev/null || true"),
         "offloads": "".join(shell(f"ethtool -k {name}") for name in lab.gateway.interfaces),
