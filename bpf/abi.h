@@ -92,7 +92,7 @@ struct load {
 	__u32 weight;
 };
 
-/* Per CPU: what the program that balances and the one that schedules tell each other of a flow. */
+/* Per CPU: a choice of a backend for a flow, on its way through the programs that make it (schedule.h). */
 struct choice {
 	__u64 key;
 	__u32 service;

@@ -7,39 +7,40 @@
 #include "forward.h"
 #include "schedule.h"
 
-/* The backend of a packet to a service. A settled slot answers by itself; anything else is a matter of memory. */
-static __always_inline struct backend *find_flow_backend(const struct packet *p, const struct service *service,
-							 __u32 service_id, __u64 hash, __u32 *id, const bool full)
+/* What becomes of a packet to a service. A settled slot decides by itself; anything else is a matter of memory. */
+static __always_inline struct decision decide(const struct packet *p, const struct service *service, __u32 service_id,
+					      __u64 hash, const bool full)
 {
-	__u32 index = slot_index(service, hash), slot = read_slot(index);
-	struct backend *backend = find_backend(slot, id);
-	__u32 choice = 0;
+	__u32 index = slot_index(service, hash), slot = read_slot(index), choice = 0, id;
+	struct backend *backend = find_backend(slot, &id);
+	struct decision decision;
 	struct flow flow;
 
 	if (!(slot & SLOT_IN_TRANSITION) && backend && backend->flags & BACKEND_UP)
-		return backend;
+		return decided_on(backend, id);
 	flow = flow_of(p, service, service_id, hash);
 	flow.chooses = HAVE_CHOICE && is_to_choose(&flow);
 	if (full && flow.chooses)
 		choice = take_choice(&flow);
 	if (full && choice) {
-		backend = follow_choice(&flow, choice, id);
-		if (backend)
-			return backend;
+		decision = follow_choice(&flow, choice);
+		if (decision.outcome == OUTCOME_BACKEND)
+			return decision;
 		flow.chooses = false;
 	}
-	backend = recall(&flow, slot, index, id);
-	if (HAVE_CHOICE && !backend && *id == CHOICE_OPEN)
+	decision = recall(&flow, slot, index);
+	if (HAVE_CHOICE && decision.outcome == OUTCOME_CHOOSE)
 		open_choice(&flow);
-	return backend;
+	return decision;
 }
 
-/* The end of a packet that has no backend: not yet, not any more, or not at all. */
-static __always_inline int without_backend(const struct packet *p, const struct service *service, __u32 service_id, __u32 id)
+/* What happens to a packet for which no backend was decided on. */
+static __always_inline int without_backend(const struct packet *p, const struct service *service, __u32 service_id,
+					   enum outcome outcome)
 {
-	if (HAVE_CHOICE && id == CHOICE_OPEN)
+	if (HAVE_CHOICE && outcome == OUTCOME_CHOOSE)
 		return continue_at(p->ctx, STAGE_SCHEDULE);
-	if (id == BACKEND_GONE)
+	if (outcome == OUTCOME_ORPHAN)
 		return answer(p->ctx, ANSWER_REJECT, service_id, 0);
 	return no_backend(p, service, service_id);
 }

@@ -29,7 +29,7 @@ static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
 	return !(flow->service->flags & SERVICE_STATELESS) && find_remembered(flow, *word, &id);
 }
 
-/* The choice of balance.h's find_flow_backend, and what else was to choose from. */
+/* What balance.h's decide() would decide on, and what else was to choose from. */
 static __always_inline struct backend *explain_choice(const struct flow *flow, struct explanation *found)
 {
 	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id = 0;

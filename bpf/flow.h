@@ -17,8 +17,8 @@
  * The fingerprint is the lower half of the flow's key, in which the slot's number stands as in its hash: the control plane sees
  * from a word which slot it keeps in transition. The upper half chooses the set.
  *
- * Schedulers that count have no settled slots: all their flows are remembered. Such a SYN goes where the scheduler says
- * (schedule.h), if that can be remembered, else by its slot like any other.
+ * Schedulers that choose have no settled slots: all their flows are remembered. A SYN of such a flow goes to the backend that
+ * the scheduler chooses (schedule.h). If that cannot be remembered, its slot decides as for any other.
  */
 #ifndef XDPLB_FLOW_H
 #define XDPLB_FLOW_H
@@ -52,8 +52,32 @@ struct flow {
 	bool chooses; /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
 };
 
-/* Ids that no backend has. */
-#define CHOICE_OPEN 0xffffffff
+enum outcome {
+	OUTCOME_NONE,    /* no backend can take it */
+	OUTCOME_BACKEND, /* the one that the decision names */
+	OUTCOME_CHOOSE,  /* the scheduler has to choose first (schedule.h) */
+	OUTCOME_ORPHAN,  /* its connection's backend was removed, and the client is to be told */
+};
+
+/* What was decided for a packet. Returned by value, so that clang keeps it in registers. */
+struct decision {
+	enum outcome outcome;
+	__u32 id;                /* of the backend */
+	struct backend *backend; /* not NULL with OUTCOME_BACKEND only */
+};
+
+static __always_inline struct decision decided(enum outcome outcome)
+{
+	return (struct decision){ .outcome = outcome };
+}
+
+/* `backend` may be NULL: then there is none. */
+static __always_inline struct decision decided_on(struct backend *backend, __u32 id)
+{
+	if (!backend)
+		return decided(OUTCOME_NONE);
+	return (struct decision){ .outcome = OUTCOME_BACKEND, .id = id, .backend = backend };
+}
 
 /* 1 where what is remembered is a client, else 0. */
 static __always_inline __u64 by_client(const struct service *service)
@@ -308,70 +332,60 @@ static __always_inline bool is_orphan(const struct flow *flow, __u32 former)
 	return former == BACKEND_GONE && flow->service->flags & SERVICE_RESET && !flow->opening && flow->state != FLOW_DATAGRAM;
 }
 
-/*
- * Where a packet goes whose slot is in transition, or whose slot's backend is down; remembers what must be remembered.
- * `slot` is the word, `index` its place. NULL where nobody can be found; `*id` is CHOICE_OPEN where the scheduler has to be
- * asked first, BACKEND_GONE where the client is to be told. The scheduler's loop stands here once only: the verifier
- * follows it each time.
- */
-static __always_inline struct backend *recall(const struct flow *flow, __u32 slot, __u32 index, __u32 *id)
+/* Where a packet goes whose slot is in transition, or whose slot's backend is down; remembers what must be remembered. */
+static __always_inline struct decision recall(const struct flow *flow, __u32 slot, __u32 index)
 {
 	struct flow_set *set = find_set(flow);
-	__u32 zero = 0, place, former_id = 0;
+	__u32 zero = 0, place, id, former_id = 0;
 	struct flow_counters *counters = flow_counters.lookup(&zero);
 	const bool stateless = flow->service->flags & SERVICE_STATELESS;
 	struct backend *backend, *former;
 	__u64 word;
 
 	if (!set || !counters)
-		return NULL;
+		return decided(OUTCOME_NONE);
 	place = find_flow(set, flow->key);
 	word = place < WAYS ? *way(set, place) : 0;
 	if (place < WAYS && holds(flow, word) && !stateless) {
-		backend = find_remembered(flow, word, id);
+		backend = find_remembered(flow, word, &id);
 		if (backend) {
 			counters->recalled++;
 			refresh_flow(way(set, place), flow, word);
-			return backend;
+			return decided_on(backend, id);
 		}
 	}
-	*id = CHOICE_OPEN;
 	if (HAVE_CHOICE && flow->chooses)
-		return NULL;
+		return decided(OUTCOME_CHOOSE);
 	former = stateless ? NULL : find_former(flow, slot, index, &former_id);
-	*id = BACKEND_GONE;
 	if (is_orphan(flow, former_id) || is_orphan(flow, FLOW_BACKEND(word)))
-		return NULL;
+		return decided(OUTCOME_ORPHAN);
 	backend = former;
-	*id = former_id;
+	id = former_id;
 	if (flow->opening || !former)
-		backend = schedule(flow->service, flow->hash, id);
+		backend = schedule(flow->service, flow->hash, &id);
 	if (!former) {
 		former = backend;
-		former_id = *id;
+		former_id = id;
 	}
-	if (!backend || stateless || remember_flow(set, flow, place, *id, counters))
-		return backend;
+	if (!backend || stateless || remember_flow(set, flow, place, id, counters))
+		return decided_on(backend, id);
 	counters->not_remembered++;
-	*id = former_id;
-	return former;
+	return decided_on(former, former_id);
 }
 
-/* The backend that the scheduler chose. NULL where that is down by now, or the flow finds no place: its slot decides then. */
-static __always_inline struct backend *follow_choice(const struct flow *flow, __u32 choice, __u32 *id)
+/* The backend that the scheduler chose. None where that is down by now, or the flow finds no place: its slot decides then. */
+static __always_inline struct decision follow_choice(const struct flow *flow, __u32 choice)
 {
 	struct flow_set *set = find_set(flow);
 	__u32 zero = 0;
 	struct flow_counters *counters = flow_counters.lookup(&zero);
-	struct backend *backend;
+	struct backend *backend = backends.lookup(&choice);
 
-	*id = choice;
-	backend = backends.lookup(id);
 	if (!set || !counters || !backend || backend->service != flow->service_id || !(backend->flags & BACKEND_UP))
-		return NULL;
-	if (flow->service->flags & SERVICE_STATELESS)
-		return backend;
-	return remember_flow(set, flow, find_flow(set, flow->key), choice, counters) ? backend : NULL;
+		return decided(OUTCOME_NONE);
+	if (flow->service->flags & SERVICE_STATELESS || remember_flow(set, flow, find_flow(set, flow->key), choice, counters))
+		return decided_on(backend, choice);
+	return decided(OUTCOME_NONE);
 }
 
 /* The same without a trace, for packets about a flow: ICMP errors, and questions. */

@@ -22,6 +22,7 @@ static __always_inline int send_to(struct xdp_md *ctx, const struct backend *bac
 static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_id)
 {
 	struct service *service = services.lookup(&service_id);
+	struct decision decision;
 	struct applicant applied;
 	struct backend *backend;
 	struct address source;
@@ -34,8 +35,10 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 	if (!service)
 		return pass();
 	hash = hash_flow(service, &p->source, p->ports);
-	if (!find_flow_backend(p, service, service_id, hash, &id, true))
-		return without_backend(p, service, service_id, id);
+	decision = decide(p, service, service_id, hash, true);
+	if (decision.outcome != OUTCOME_BACKEND)
+		return without_backend(p, service, service_id, decision.outcome);
+	id = decision.id;
 	flow = flow_of(p, service, service_id, hash);
 	applied = applicant(&flow, &p->source, p->ports, p->version);
 	place = hold_lease(&applied, &id);

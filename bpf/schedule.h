@@ -1,10 +1,23 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Schedulers that choose: for a new flow, rather than a hash, whose turn it is or who is least busy. They run in a program of
- * their own (xdplb_schedule), which gets a choice to make and leaves it made; what becomes of it is flow.h's affair.
+ * Schedulers that choose the backend of a new flow by turn or by load, and not by hash.
  *
- * Behind a service's slots the control plane keeps its backends in turn: each as often as it weighs, evenly spread; and behind
- * those, for who has to look at all of them, each once.
+ * A choice takes several programs, each the tail call of the one before. `struct choice`, one per CPU, goes with it:
+ *
+ *   xdplb            decide() finds that the scheduler has to choose, and writes the flow into the choice (open_choice).
+ *                    -> xdplb_schedule
+ *   xdplb_schedule   choose() looks at STRETCH backends, and keeps the best of them in the choice. If there are more:
+ *                    -> xdplb_schedule; else it writes the backend that it chose, or BACKEND_GONE: -> xdplb_full
+ *   xdplb_full       parses the frame again. If the choice is of its flow, decide() takes it (take_choice), remembers
+ *                    the flow, and the packet goes to that backend (follow_choice). If the backend is down by now, or the
+ *                    flow finds no place in the cache, the flow's slot decides.
+ *
+ * xdplb_full opens choices as xdplb does. For full NAT, both only pass the packet on to xdplb_full_nat, and that opens the
+ * choice and takes it. A flow that is remembered needs no choice. MAX_BACKENDS_PER_SERVICE backends take 9 calls of
+ * xdplb_schedule; the kernel allows 33 tail calls in all.
+ *
+ * Behind a service's slots the control plane keeps its backends in turn, each as often as it weighs, evenly spread. Behind
+ * those it keeps each backend once, for the scheduler that looks at all of them.
  */
 #ifndef XDPLB_SCHEDULE_H
 #define XDPLB_SCHEDULE_H
@@ -140,7 +153,7 @@ static __always_inline bool is_to_choose(const struct flow *flow)
 	return flow->service->scheduler != SCHEDULER_HASH && (flow->anybody || flow->state == FLOW_DATAGRAM);
 }
 
-/* The choice that was made for this flow, once; 0 where none was. */
+/* The backend that was chosen for this flow, once; 0 where none was. */
 static __always_inline __u32 take_choice(const struct flow *flow)
 {
 	__u32 zero = 0, made;

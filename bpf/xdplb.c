@@ -37,9 +37,8 @@
 static __always_inline int balance(struct packet *p, __u32 service_id, const bool full)
 {
 	struct service *service = services.lookup(&service_id);
-	struct backend *backend;
+	struct decision decision;
 	__u64 hash;
-	__u32 id;
 
 	if (is_source(service_id))
 		return continue_at(p->ctx, STAGE_FULL_NAT_REPLY);
@@ -48,14 +47,14 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
 		return continue_at(p->ctx, STAGE_FULL_NAT);
 	hash = hash_flow(service, &p->source, p->ports);
-	backend = find_flow_backend(p, service, service_id, hash, &id, full);
-	if (!backend)
-		return without_backend(p, service, service_id, id);
+	decision = decide(p, service, service_id, hash, full);
+	if (decision.outcome != OUTCOME_BACKEND)
+		return without_backend(p, service, service_id, decision.outcome);
 	if (full)
-		teach_fragments(p, id, false);
+		teach_fragments(p, decision.id, false);
 	if (HAVE_NAT && service->forward == FORWARD_NAT)
-		remember_service(p, backend, id);
-	return forward(p, service, backend, id, hash);
+		remember_service(p, decision.backend, decision.id);
+	return forward(p, service, decision.backend, decision.id, hash);
 }
 
 /* For no service: maybe a reply of a NAT backend, maybe past the service to one. `to` is what is known at its destination. */
