@@ -16,8 +16,8 @@ struct address {
 	__u64 lo;
 };
 
-/* `count` port intervals from `first` on, sorted and disjoint. */
-struct run {
+/* `count` of the intervals from `first` on, sorted and disjoint. */
+struct interval_range {
 	__u32 first;
 	__u32 count;
 };
@@ -29,8 +29,8 @@ struct run {
  */
 struct address_entry {
 	struct address address;
-	struct run services;
-	struct run replies;
+	struct interval_range services;
+	struct interval_range replies;
 };
 
 struct address_bucket {
@@ -115,8 +115,8 @@ struct flow_set {
 	__u64 flow[8];
 };
 
-/* Full NAT: whose a place, and with it a source address and port of ours, is. `ports` as in the client's packets. */
-struct lessee {
+/* Full NAT: the flow that a SNAT mapping belongs to. `ports` as in the client's packets. */
+struct snat_tuple {
 	struct address client;
 	__u32 ports;
 	__u32 service;
@@ -190,8 +190,8 @@ struct fragment {
 	__u32 reply; /* 1: on its way from the backend */
 };
 
-/* What one program leaves for the next one of a tail call. */
-struct errand {
+/* Metadata of a tail call: what one program leaves for the next one. */
+struct tail_call {
 	__u32 service;
 	__u32 kind; /* enum answer */
 	__u32 mtu;  /* for "too big" */
@@ -200,8 +200,8 @@ struct errand {
 	__u32 pad;
 };
 
-/* What xdplb_explain found out about a packet. Ids are 0 where there is none. */
-struct explanation {
+/* What xdplb_explain sees of a packet's way. Ids are 0 where there is none. */
+struct trace {
 	__u64 remembered; /* the flow's word in the cache; 0: not there */
 	struct transition transition;
 	__u32 subject; /* enum subject: what the fields below are about */
@@ -212,8 +212,8 @@ struct explanation {
 	__u32 slot_word; /* what stands there */
 	__u32 tick;      /* now */
 	__u32 backend;   /* where the packet goes, or comes from */
-	__u32 former;    /* who would have it if nobody remembered it */
-	__u32 scheduled; /* who would if it were the first of its flow */
+	__u32 former;    /* that would have it if the flow were not remembered */
+	__u32 scheduled; /* that would if the packet were the first of its flow */
 	__u32 ifindex;   /* by which it leaves */
 	__u32 largest;   /* the largest IP packet that goes the same way */
 };

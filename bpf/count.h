@@ -81,7 +81,7 @@ static __always_inline void count_reply(__u32 backend, __u32 bytes)
 	counters->reply_bytes += bytes;
 }
 
-/* On to another program, which starts afresh with the frame; only what it cannot find there goes into the errand. */
+/* On to another program, which parses the frame again. What it cannot find there goes into struct tail_call. */
 static __always_inline int continue_at(struct xdp_md *ctx, enum stage stage)
 {
 	stages.call(ctx, stage);

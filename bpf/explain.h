@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * What would become of a packet, and why: the same look-ups as for real ones, the same changes, but without a trace. Nothing is
- * counted, nothing is remembered, nobody is answered. Returns the verdict that the packet would get.
+ * What would become of a packet, and why: the same look-ups as for real ones, and the same changes. They are written into a
+ * struct trace. Nothing is counted, nothing is remembered, nothing is answered. Returns the verdict that the packet would get.
  *
  * Only test runs come here, with packets that the control plane makes: plain ones, so that the quick parser does.
  */
@@ -10,12 +10,12 @@
 
 #include "flow.h"
 #include "forward.h"
-#include "lease.h"
+#include "snat.h"
 #include "nat.h"
 #include "schedule.h"
 
-/* Of use to nobody but who asked, so not pinned. */
-BPF_F_TABLE("array", __u32, struct explanation, explanations, 1, BPF_F_MMAPABLE);
+/* Of use only to the process that asks, so not pinned. */
+BPF_F_TABLE("array", __u32, struct trace, explanations, 1, BPF_F_MMAPABLE);
 
 /* Is something remembered of the flow, `*word`, and does it say where the packet goes? */
 static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
@@ -30,42 +30,42 @@ static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
 }
 
 /* What balance.h's decide() would decide on, and what else was to choose from. */
-static __always_inline struct backend *explain_choice(const struct flow *flow, struct explanation *found)
+static __always_inline struct backend *explain_decision(const struct flow *flow, struct trace *trace)
 {
 	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id = 0;
-	bool recalled = explain_memory(flow, &found->remembered);
+	bool recalled = explain_memory(flow, &trace->remembered);
 	struct backend *backend;
 
-	found->slots = flow->service->slot_mask + 1;
-	found->slot = (__u32)flow->hash & flow->service->slot_mask;
-	found->slot_word = slot;
-	found->transition = read_transition(index);
-	found->tick = flow->tick;
+	trace->slots = flow->service->slot_mask + 1;
+	trace->slot = (__u32)flow->hash & flow->service->slot_mask;
+	trace->slot_word = slot;
+	trace->transition = read_transition(index);
+	trace->tick = flow->tick;
 	if (schedule(flow->service, flow->hash, &id))
-		found->scheduled = id;
+		trace->scheduled = id;
 	if (find_former(flow, slot, index, &id))
-		found->former = id;
-	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(found->remembered))))
-		found->subject = SUBJECT_ORPHAN;
-	if (!recalled && HAVE_CHOICE && found->scheduled && is_to_choose(flow))
-		found->subject = SUBJECT_TO_CHOOSE;
+		trace->former = id;
+	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(trace->remembered))))
+		trace->subject = SUBJECT_ORPHAN;
+	if (!recalled && HAVE_CHOICE && trace->scheduled && is_to_choose(flow))
+		trace->subject = SUBJECT_TO_CHOOSE;
 
 	backend = find_backend(slot, &id);
 	if (slot & SLOT_IN_TRANSITION || !backend || !(backend->flags & BACKEND_UP))
-		backend = found->subject == SUBJECT_TO_SERVICE ? look_up_flow(flow, slot, index, &id) : NULL;
+		backend = trace->subject == SUBJECT_TO_SERVICE ? look_up_flow(flow, slot, index, &id) : NULL;
 	else
-		found->subject = SUBJECT_TO_SERVICE;
-	found->backend = backend ? id : 0;
+		trace->subject = SUBJECT_TO_SERVICE;
+	trace->backend = backend ? id : 0;
 	return backend;
 }
 
-/* fullnat.h's way to the backend. A flow that holds no address and port of ours yet keeps its own here. */
+/* fullnat.h's way to the backend. A flow that has no SNAT mapping yet keeps its own address and port here. */
 static __always_inline int explain_full_nat(struct packet *p, const struct flow *flow, struct backend *backend,
-					    struct explanation *found)
+					    struct trace *trace)
 {
-	struct applicant applied = applicant(flow, &p->source, p->ports, p->version);
-	__u32 place = find_lease(&applied), id = 0;
-	__u64 *word = place == NO_PLACE ? NULL : lease(place);
+	struct snat_flow wanted = snat_flow(flow, &p->source, p->ports, p->version);
+	__u32 place = find_mapping(&wanted), id = 0;
+	__u64 *word = place == NO_PLACE ? NULL : mapping_at(place);
 	struct backend *known = NULL;
 	struct address source;
 	__be16 port;
@@ -74,22 +74,22 @@ static __always_inline int explain_full_nat(struct packet *p, const struct flow 
 		id = FLOW_BACKEND(*word);
 		known = backends.lookup(&id);
 	}
-	if (serves(flow, known) && !flow->anybody && source_of(place, &source, &port)) {
-		found->subject = SUBJECT_LEASED;
-		found->backend = id;
+	if (serves(flow, known) && !flow->unverified && source_of(place, &source, &port)) {
+		trace->subject = SUBJECT_LEASED;
+		trace->backend = id;
 		backend = known;
 		translate(p, &source, port, true);
 	}
 	if (!backend)
 		return XDP_DROP;
-	found->ifindex = backend->ifindex;
-	found->largest = backend->mtu;
+	trace->ifindex = backend->ifindex;
+	trace->largest = backend->mtu;
 	take_hop(p);
 	translate(p, &backend->address, backend->port, false);
 	return address_frame(p->ctx, backend) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
 }
 
-static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct explanation *found)
+static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct trace *trace)
 {
 	struct service *service = services.lookup(&service_id);
 	struct backend *backend;
@@ -97,23 +97,23 @@ static __always_inline int explain_balance(struct packet *p, __u32 service_id, s
 
 	if (!service)
 		return XDP_PASS;
-	found->service = service_id;
-	found->service_flags = service->flags;
+	trace->service = service_id;
+	trace->service_flags = service->flags;
 	flow = flow_of(p, service, service_id, hash_flow(service, &p->source, p->ports));
-	backend = explain_choice(&flow, found);
+	backend = explain_decision(&flow, trace);
 	if (!backend)
-		return found->subject == SUBJECT_ORPHAN || service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx))
+		return trace->subject == SUBJECT_ORPHAN || service->flags & SERVICE_REJECT ? way_out(p->ctx, ingress(p->ctx))
 											   : XDP_DROP;
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
-		return explain_full_nat(p, &flow, backend, found);
-	found->ifindex = backend->ifindex;
-	found->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
+		return explain_full_nat(p, &flow, backend, trace);
+	trace->ifindex = backend->ifindex;
+	trace->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
 	take_hop(p);
 	return rewrite(p, service, backend, flow.hash) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
 }
 
 /* nat.h's `reply`, uncounted. The largest packet is the kernel's affair. */
-static __always_inline int explain_reply(struct packet *p, __u32 id, struct explanation *found)
+static __always_inline int explain_reply(struct packet *p, __u32 id, struct trace *trace)
 {
 	struct backend *backend = backends.lookup(&id);
 	struct service *service = backend ? services.lookup(&backend->service) : NULL;
@@ -122,9 +122,9 @@ static __always_inline int explain_reply(struct packet *p, __u32 id, struct expl
 
 	if (!service || !service->slot_mask)
 		return XDP_PASS;
-	found->subject = SUBJECT_REPLY;
-	found->service = backend->service;
-	found->backend = id;
+	trace->subject = SUBJECT_REPLY;
+	trace->service = backend->service;
+	trace->backend = id;
 	route = find_route(p, &service->address, &p->destination, &fib);
 	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return XDP_PASS;
@@ -132,7 +132,7 @@ static __always_inline int explain_reply(struct packet *p, __u32 id, struct expl
 	if (route == ROUTE_KERNEL)
 		return XDP_PASS;
 	take_hop(p);
-	found->ifindex = fib.ifindex;
+	trace->ifindex = fib.ifindex;
 	return address_route(p->ctx, &fib) ? way_out(p->ctx, fib.ifindex) : XDP_ABORTED;
 }
 

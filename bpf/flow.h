@@ -47,9 +47,9 @@ struct flow {
 	__u32 service_id;
 	__u32 tick;
 	__u32 state;
-	bool opening; /* a SYN: whatever was remembered of these ports is over */
-	bool anybody; /* may have been sent by anybody, without an answer of ours: it takes no live flow's place */
-	bool chooses; /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
+	bool opening;    /* a SYN: whatever was remembered of these ports is over */
+	bool unverified; /* a SYN: its source address may be forged, so it takes no live flow's place */
+	bool chooses;    /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
 };
 
 enum outcome {
@@ -151,8 +151,8 @@ static __always_inline struct flow flow_of(const struct packet *p, const struct 
 	flow.key = flow_key(service, service_id, hash, p->ports);
 	flow.tick = current_tick();
 	flow.state = flow_state(p);
-	flow.anybody = is_zero((p->tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) ^ TCP_SYN);
-	flow.opening = flow.anybody & is_zero(by_client(service));
+	flow.unverified = is_zero((p->tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) ^ TCP_SYN);
+	flow.opening = flow.unverified & is_zero(by_client(service));
 	if (HAVE_AFFINITY)
 		flow.state -= (FLOW_CLOSING - FLOW_ESTABLISHED) * (is_zero(flow.state ^ FLOW_CLOSING) & by_client(service));
 	return flow;
@@ -198,12 +198,12 @@ static __always_inline struct flow_set *find_set(const struct flow *flow)
 /* The place in the set where the flow is remembered; WAYS where it is not. One of no backend, which a free word is, is none. */
 static __always_inline __u32 find_flow(const struct flow_set *set, __u32 fingerprint)
 {
-	__u64 place = WAYS, found;
+	__u64 place = WAYS, match;
 
 #pragma unroll
 	for (int i = 0; i < WAYS; i++) {
-		found = mask_less((set->flow[i] >> 32) ^ fingerprint, 1);
-		place ^= (place ^ i) & found;
+		match = mask_less((set->flow[i] >> 32) ^ fingerprint, 1);
+		place ^= (place ^ i) & match;
 	}
 	return place;
 }
@@ -257,8 +257,8 @@ static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick,
 }
 
 /*
- * Remembers the flow where it stands already, or in the place of the most dispensable one of its set. A SYN, which anybody can
- * send, takes the place of no live flow: only of one that ended, or never got beyond its own SYN.
+ * Remembers the flow where it stands already, or in the place of the most dispensable one of its set. An unverified
+ * SYN takes the place of no live flow: only of one that ended, or never got beyond its own SYN.
  */
 static __always_inline bool remember_flow(struct flow_set *set, const struct flow *flow, __u32 place, __u32 backend,
 					  struct flow_counters *counters)
@@ -266,7 +266,7 @@ static __always_inline bool remember_flow(struct flow_set *set, const struct flo
 	const bool known = place < WAYS;
 	__u64 victim = known ? place : find_victim(set, flow->tick, TIMEOUTS), old;
 
-	if (!known && ((flow->anybody && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
+	if (!known && ((flow->unverified && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
 		return false;
 	old = *way(set, victim);
 	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, flow->state)))

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Full NAT: the backend sees a connection from an address and a port of this host (lease.h), and so answers to us whatever its
- * routes are. Both ways, and the ICMP errors about either.
+ * Full NAT: the backend sees a connection from an address and a port of this host (snat.h). So its replies come here, whatever
+ * its routes are. Both ways, and the ICMP errors about either.
  */
 #ifndef XDPLB_FULLNAT_H
 #define XDPLB_FULLNAT_H
@@ -9,7 +9,7 @@
 #include "balance.h"
 #include "forward.h"
 #include "icmp.h"
-#include "lease.h"
+#include "snat.h"
 #include "lookup.h"
 #include "nat.h"
 
@@ -18,12 +18,12 @@ static __always_inline int send_to(struct xdp_md *ctx, const struct backend *bac
 	return address_frame(ctx, backend) ? send(ctx, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
-/* To a service: source and destination become ours and the backend's. */
+/* To a service: source and destination become the mapping's and the backend's. */
 static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_id)
 {
 	struct service *service = services.lookup(&service_id);
 	struct decision decision;
-	struct applicant applied;
+	struct snat_flow wanted;
 	struct backend *backend;
 	struct address source;
 	struct flow flow;
@@ -40,8 +40,8 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 		return without_backend(p, service, service_id, decision.outcome);
 	id = decision.id;
 	flow = flow_of(p, service, service_id, hash);
-	applied = applicant(&flow, &p->source, p->ports, p->version);
-	place = hold_lease(&applied, &id);
+	wanted = snat_flow(&flow, &p->source, p->ports, p->version);
+	place = get_mapping(&wanted, &id);
 	backend = backends.lookup(&id);
 	if (place == NO_PLACE || !backend || !source_of(place, &source, &port))
 		return drop(service_id, REASON(ports_exhausted));
@@ -52,7 +52,7 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 	return send_to(p->ctx, backend);
 }
 
-/* To one of our source addresses; what answers no flow of ours is the host's own. */
+/* To a source address of full NAT. A packet that has no mapping is the host's own. */
 static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 {
 	struct bpf_fib_lookup fib = {};
@@ -61,14 +61,14 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 
 	if (!find_reply_to(source, destination_port(p), &p->source, source_port(p), p->protocol, &to) || hops_used_up(p))
 		return pass();
-	renew_lease(to.word, p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0);
-	route = find_route(p, &to.service->address, &to.lessee->client, &fib);
+	refresh_mapping(to.word, p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0);
+	route = find_route(p, &to.service->address, &to.tuple->client, &fib);
 	if (route == ROUTE_TOO_BIG)
-		return answer(p->ctx, ANSWER_TOO_BIG, to.lessee->service, fib.tot_len);
+		return answer(p->ctx, ANSWER_TOO_BIG, to.tuple->service, fib.tot_len);
 	if (route == ROUTE_KERNEL_UNTOUCHED)
 		return pass();
 	count_reply(to.id, p->length);
-	translate(p, &to.lessee->client, to.lessee->ports & 0xffff, false);
+	translate(p, &to.tuple->client, to.tuple->ports & 0xffff, false);
 	translate(p, &to.service->address, to.backend->port ? to.service->port : 0, true);
 	if (route == ROUTE_KERNEL)
 		return pass();
@@ -76,7 +76,7 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 	return send_route(p->ctx, &fib);
 }
 
-/* A packet that the first program saw already; what it leads to, a service or one of our source addresses. 0: nothing. */
+/* A packet that the first program saw already; what it leads to, a service or a source address. 0: nothing. */
 static __always_inline __u32 parse_full_nat(struct packet *p, struct xdp_md *ctx)
 {
 	struct address_entry *to;
@@ -92,9 +92,9 @@ static __always_inline int full_nat_error_to_backend(struct packet *p, struct qu
 {
 	struct service *service = services.lookup(&service_id);
 	struct flow flow = { .service = service, .service_id = service_id, .tick = current_tick() };
-	struct applicant applied = applicant(&flow, &q->destination, q->ports >> 16 | q->ports << 16, p->version);
-	__u32 place = find_lease(&applied), id;
-	__u64 *word = place == NO_PLACE ? NULL : lease(place), sum;
+	struct snat_flow wanted = snat_flow(&flow, &q->destination, q->ports >> 16 | q->ports << 16, p->version);
+	__u32 place = find_mapping(&wanted), id;
+	__u64 *word = place == NO_PLACE ? NULL : mapping_at(place), sum;
 	struct backend *backend;
 	struct address source;
 	__be16 port;
@@ -116,7 +116,7 @@ static __always_inline int full_nat_error_to_backend(struct packet *p, struct qu
 	return send_to(p->ctx, backend);
 }
 
-/* An error that came to one of our source addresses, about a client's packet on its way to a backend. */
+/* An error that came to a source address, about a client's packet on its way to a backend. */
 static __always_inline int full_nat_error_to_client(struct packet *p, struct quoted *q, __u32 source)
 {
 	struct bpf_fib_lookup fib = {};
@@ -128,13 +128,13 @@ static __always_inline int full_nat_error_to_client(struct packet *p, struct quo
 		return pass();
 	from_backend = same_address(&p->source, &q->destination);
 	count_reply(about.id, p->length);
-	sum = translate_quoted(p, q, &about.lessee->client, about.lessee->ports & 0xffff, true);
+	sum = translate_quoted(p, q, &about.tuple->client, about.tuple->ports & 0xffff, true);
 	sum += translate_quoted(p, q, &about.service->address, about.backend->port ? about.service->port : 0, false);
-	sum += replace_outer(p, &about.lessee->client, false);
+	sum += replace_outer(p, &about.tuple->client, false);
 	if (from_backend)
 		sum += replace_outer(p, &about.service->address, true);
 	patch_icmp(p, sum);
-	if (find_route(p, from_backend ? &about.service->address : &p->source, &about.lessee->client, &fib) != ROUTE_SEND)
+	if (find_route(p, from_backend ? &about.service->address : &p->source, &about.tuple->client, &fib) != ROUTE_SEND)
 		return pass();
 	take_hop(p);
 	return send_route(p->ctx, &fib);

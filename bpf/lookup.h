@@ -42,9 +42,9 @@ static __always_inline struct address_entry *find_address(const struct address *
 }
 
 /* Binary search for the interval that holds `key`; its target, or 0. */
-static __always_inline __u32 find_interval(struct run run, __u32 key)
+static __always_inline __u32 find_interval(struct interval_range range, __u32 key)
 {
-	__u32 first = run.first, count = run.count, middle;
+	__u32 first = range.first, count = range.count, middle;
 	struct interval *interval;
 
 	for (int i = 0; i < INTERVAL_STEPS && count; i++) {

@@ -61,7 +61,7 @@ static __always_inline void remember_service(const struct packet *p, const struc
 }
 
 /* A client that talks to `p->destination`, a NAT backend, without the service. */
-static __always_inline void remember_direct(const struct packet *p, struct run replies)
+static __always_inline void remember_direct(const struct packet *p, struct interval_range replies)
 {
 	__u32 backend = find_interval(replies, port_key(p->protocol, destination_port(p)));
 	struct nat_flow_key key;
@@ -77,8 +77,9 @@ static __always_inline void remember_direct(const struct packet *p, struct run r
 }
 
 /* To which backend entry does a reply from (address, port) to the client belong? 0: to none, it is not ours. */
-static __always_inline __u32 find_reply_backend(const struct address *backend_address, struct run replies, __be16 backend_port,
-						const struct address *client, __be16 client_port, __u8 protocol)
+static __always_inline __u32 find_reply_backend(const struct address *backend_address, struct interval_range replies,
+						__be16 backend_port, const struct address *client, __be16 client_port,
+						__u8 protocol)
 {
 	__u32 id = find_interval(replies, port_key(protocol, backend_port));
 	struct nat_flow_key key;

@@ -182,7 +182,7 @@ static __always_inline enum parsed parse_ipv6(struct packet *p, const bool full)
 		if (parsed == PARSE_OTHER || p->fragment == LATER_FRAGMENT)
 			return PARSED;
 	}
-	return PARSED; /* more headers than anybody sends: the transport will be unknown */
+	return PARSED; /* more headers than any host sends: the transport will be unknown */
 }
 
 /*
@@ -193,15 +193,15 @@ static __always_inline enum parsed forget_path(struct packet *p)
 {
 	void *start = frame_start(p->ctx);
 	__u32 zero = 0, link_length, transport_offset;
-	struct errand *errand = errands.lookup(&zero);
+	struct tail_call *call = errands.lookup(&zero);
 
-	if (!errand)
+	if (!call)
 		return PARSE_MALFORMED;
-	errand->link_length = p->link_length;
-	errand->transport_offset = p->transport - start;
+	call->link_length = p->link_length;
+	call->transport_offset = p->transport - start;
 	asm volatile("" : : : "memory");
-	link_length = errand->link_length;
-	transport_offset = errand->transport_offset;
+	link_length = call->link_length;
+	transport_offset = call->transport_offset;
 	if (link_length > sizeof(struct ethhdr) + MAX_TAGS * sizeof(struct vlan_tag) || transport_offset > MAX_TRANSPORT_OFFSET)
 		return PARSE_MALFORMED;
 	p->link_length = link_length;

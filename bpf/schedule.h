@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Schedulers that choose the backend of a new flow by turn or by load, and not by hash.
+ * Schedulers that choose the backend of a new flow in sequence (rr, wrr) or by load (lc, wlc, p2c), and not by hash.
  *
  * A choice takes several programs, each the tail call of the one before. `struct choice`, one per CPU, goes with it:
  *
@@ -16,8 +16,8 @@
  * choice and takes it. A flow that is remembered needs no choice. MAX_BACKENDS_PER_SERVICE backends take 9 calls of
  * xdplb_schedule; the kernel allows 33 tail calls in all.
  *
- * Behind a service's slots the control plane keeps its backends in turn, each as often as it weighs, evenly spread. Behind
- * those it keeps each backend once, for the scheduler that looks at all of them.
+ * Behind a service's slots the control plane keeps its wrr sequence: each backend as often as it weighs, evenly spread. Behind
+ * that it keeps each backend once, for the scheduler that looks at all of them.
  */
 #ifndef XDPLB_SCHEDULE_H
 #define XDPLB_SCHEDULE_H
@@ -27,8 +27,8 @@
 #include "maps.h"
 #include "slots.h"
 
-/* How many turns of backends that went down a moment ago are passed over. */
-#define TURN_TRIES 8
+/* How many entries of the wrr sequence are passed over whose backends went down a moment ago. */
+#define SEQUENCE_TRIES 8
 
 /* How many backends are looked at in one call of the program. */
 #define STRETCH 512
@@ -45,15 +45,15 @@ static __always_inline __u32 processor(void)
 	return get_smp_processor_id();
 }
 
-/* rr, wrr: whose turn it is. Every CPU takes turns of its own, beginning at another place. BACKEND_GONE: nobody's. */
-static __always_inline __u32 choose_by_turn(const struct service *service, __u32 service_id)
+/* rr, wrr: the next of the sequence. Every CPU goes through it on its own, from another place on. BACKEND_GONE: none. */
+static __always_inline __u32 choose_next(const struct service *service, __u32 service_id)
 {
 	__u32 *taken = turns_taken.lookup(&service_id), count = service->turn_count, id, place;
 	struct load *load;
 
 	if (!taken || !count)
 		return BACKEND_GONE;
-	for (int i = 0; i < TURN_TRIES; i++) {
+	for (int i = 0; i < SEQUENCE_TRIES; i++) {
 		place = (*taken + processor()) % count;
 		(*taken)++;
 		id = read_slot((service->turns + place) & (SLOTS - 1)) & SLOT_BACKEND;
@@ -65,8 +65,8 @@ static __always_inline __u32 choose_by_turn(const struct service *service, __u32
 }
 
 /*
- * Would a flow more be less of a burden to `a` than to `b`? Flows in proportion to weight, the new one counted half (Webster's
- * method of apportionment): so everybody stays within a flow of its share.
+ * Would one more flow load the first backend less than the second? Flows in proportion to weight, the new one counted half
+ * (Webster's method of apportionment): so every backend stays within a flow of its share.
  */
 static __always_inline bool is_less_busy(__u64 active, __u64 weight, __u64 than_active, __u64 than_weight)
 {
@@ -74,8 +74,8 @@ static __always_inline bool is_less_busy(__u64 active, __u64 weight, __u64 than_
 }
 
 /*
- * lc, wlc: whose turn it is, if it has nothing to do, else the least busy of all. Those are looked at in stretches: 0 means
- * that there are more. The verifier keeps count of every branch of a loop.
+ * lc, wlc: the next of the sequence if it is idle, else the least busy of all. Those are looked at in stretches: 0 means that
+ * there are more. The verifier keeps count of every branch of a loop.
  */
 static __always_inline __u32 choose_least_busy(const struct service *service, struct choice *choice)
 {
@@ -83,7 +83,7 @@ static __always_inline __u32 choose_least_busy(const struct service *service, st
 	struct load *load;
 	__u64 active, weight;
 
-	best = seen ? choice->best : choose_by_turn(service, choice->service);
+	best = seen ? choice->best : choose_next(service, choice->service);
 	load = find_load(best);
 	if (!load)
 		return BACKEND_GONE;
@@ -128,7 +128,7 @@ static __always_inline __u32 choose_of_two(const struct service *service, __u64 
 	return load->weight ? id : BACKEND_GONE;
 }
 
-/* Makes the choice that is open on this CPU: BACKEND_GONE where nobody can be chosen, 0 where that takes another call. */
+/* Makes the choice that is open on this CPU: BACKEND_GONE where no backend can be chosen, 0 where that takes another call. */
 static __always_inline __u32 choose(struct choice *choice)
 {
 	struct service *service = services.lookup(&choice->service);
@@ -137,7 +137,7 @@ static __always_inline __u32 choose(struct choice *choice)
 		return BACKEND_GONE;
 	switch (service->scheduler) {
 	case SCHEDULER_TURNS:
-		return choose_by_turn(service, choice->service);
+		return choose_next(service, choice->service);
 	case SCHEDULER_LEAST:
 		return choose_least_busy(service, choice);
 	case SCHEDULER_TWO:
@@ -150,7 +150,7 @@ static __always_inline __u32 choose(struct choice *choice)
 /* Does the service's scheduler choose for packets like this, where nothing is remembered of their flow? */
 static __always_inline bool is_to_choose(const struct flow *flow)
 {
-	return flow->service->scheduler != SCHEDULER_HASH && (flow->anybody || flow->state == FLOW_DATAGRAM);
+	return flow->service->scheduler != SCHEDULER_HASH && (flow->unverified || flow->state == FLOW_DATAGRAM);
 }
 
 /* The backend that was chosen for this flow, once; 0 where none was. */

@@ -26,7 +26,7 @@
 #include "nat.h"
 #include "fragment.h"
 #include "watchdog.h"
-#include "lease.h"
+#include "snat.h"
 #include "icmp.h"
 #include "answer.h"
 #include "balance.h"
@@ -154,7 +154,7 @@ static __always_inline bool parse_icmp_error(struct packet *p, struct xdp_md *ct
 	return parse_network(p, ctx, true) == PARSED && is_icmp(p) && is_icmp_error(p) && parse_quoted(p, quoted);
 }
 
-/* The service that sent the quoted packet, or the source address of ours; 0 where it is nobody's. */
+/* The service that sent the quoted packet, or the source address of full NAT; 0 where it was neither. */
 static __always_inline __u32 find_quoted(const struct packet *p, const struct quoted *quoted)
 {
 	struct address_entry *to = find_address(&p->destination);
@@ -250,23 +250,23 @@ int xdplb_sweep(struct xdp_md *ctx)
 int xdplb_answer(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
-	struct errand *errand;
+	struct tail_call *call;
 	__u32 zero = 0;
 	bool tcp;
 
-	errand = errands.lookup(&zero);
-	if (!errand || parse_network(p, ctx, true) != PARSED)
+	call = errands.lookup(&zero);
+	if (!call || parse_network(p, ctx, true) != PARSED)
 		return verdict(XDP_ABORTED);
 	if (!answerable(p))
-		return drop(errand->service, REASON(unanswerable));
-	if (errand->kind == ANSWER_TOO_BIG) {
-		count_reason(errand->service, REASON(too_big));
-		return answer_too_big(p, errand->mtu);
+		return drop(call->service, REASON(unanswerable));
+	if (call->kind == ANSWER_TOO_BIG) {
+		count_reason(call->service, REASON(too_big));
+		return answer_too_big(p, call->mtu);
 	}
 	tcp = p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED;
 	if (tcp && p->tcp_flags & TCP_RST)
-		return drop(errand->service, REASON(unanswerable));
-	count_reason(errand->service, REASON(rejected));
+		return drop(call->service, REASON(unanswerable));
+	count_reason(call->service, REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
 }
 
@@ -274,24 +274,24 @@ int xdplb_explain(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
 	struct address_entry *from, *to;
-	struct explanation *found;
+	struct trace *trace;
 	__u32 zero = 0, id;
 
-	found = explanations.lookup(&zero);
-	if (!found)
+	trace = explanations.lookup(&zero);
+	if (!trace)
 		return XDP_ABORTED;
-	*found = (struct explanation){};
+	*trace = (struct trace){};
 	if (parse_network(p, ctx, false) != PARSED || parse_transport(p, false) != PARSED)
 		return XDP_PASS;
 	to = find_address(&p->destination);
 	if (to && to->services.count) {
 		id = find_interval(to->services, port_key(p->protocol, destination_port(p)));
-		found->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
-		return id ? explain_balance(p, id, found) : XDP_PASS;
+		trace->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
+		return id ? explain_balance(p, id, trace) : XDP_PASS;
 	}
 	from = HAVE_NAT ? find_address(&p->source) : NULL;
 	if (!from || !from->replies.count)
 		return XDP_PASS;
 	id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p), p->protocol);
-	return id ? explain_reply(p, id, found) : XDP_PASS;
+	return id ? explain_reply(p, id, trace) : XDP_PASS;
 }

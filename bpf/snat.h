@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Full NAT's SNAT mappings: each gives one flow a source address and port of this host.
+ *
+ * A mapping serves both ways, and its place is its port. A flow's hash names two sets of eight places. The number of the
+ * place that the flow gets there is its source address and port. So there is no allocator and no lock: a compare-and-swap
+ * claims a place, and a reply finds its mapping by one access to an array. The emptier one of the two sets is taken. So no
+ * flow is refused before seven tenths of all places are taken, and few are for a while then (Azar et al., "Balanced
+ * Allocations", 1994).
+ *
+ * A mapping is a word like the flow cache's, which names the backend, and beside it the client's tuple. Unlike there, no
+ * open flow is ever evicted: a port belongs to its flow until that closes or has been silent for as long as its state
+ * allows. Only a flow that never got beyond its SYN gives its port up sooner.
+ */
+#ifndef XDPLB_SNAT_H
+#define XDPLB_SNAT_H
+
+#include "flow.h"
+#include "lookup.h"
+
+#define NO_PLACE 0xffffffff
+
+/* A flow that closed keeps its port for so many ticks at least, and longer while no other flow needs it. */
+#define LINGER 2
+#define SNAT_TIMEOUTS TIMEOUTS_WITH(LINGER)
+
+/* Does an interval lead to a source address of full NAT, and not to a service? */
+static __always_inline bool is_source(__u32 target)
+{
+	return HAVE_FULL_NAT && target & TARGET_SOURCE;
+}
+
+static __always_inline struct flow_set *find_snat_set(__u32 index)
+{
+	return lease_sets.lookup(&index);
+}
+
+static __always_inline struct snat_tuple *find_snat_tuple(__u32 place)
+{
+	return lessees.lookup(&place);
+}
+
+/* A flow to be mapped: a client's to a service, by family, with its ports as the client sends them. */
+struct snat_flow {
+	struct flow flow;
+	struct address client;
+	__u32 ports;
+	__u32 version;
+};
+
+/* `flow` is the flow rule's, whose key may leave out ports. TCP and UDP are never the same service. */
+static __always_inline struct snat_flow snat_flow(const struct flow *flow, const struct address *client, __u32 ports,
+						  __u32 version)
+{
+	struct snat_flow wanted = { .flow = *flow, .client = *client, .ports = ports, .version = version };
+
+	wanted.flow.key = mix(finish(mix(mix_address(client), ports)), flow->service_id);
+	return wanted;
+}
+
+/* The number of a set, of those whose places are at addresses of the client's family. */
+static __always_inline __u32 snat_set(const struct snat_flow *wanted, __u32 hash)
+{
+	const __u32 first = wanted->version == 4 ? 0 : SOURCES4 * SETS_PER_SOURCE;
+	const __u64 sets = (wanted->version == 4 ? SOURCES4 : SOURCES6) * SETS_PER_SOURCE;
+
+	return first + (hash * sets >> 32);
+}
+
+static __always_inline bool has_mapping(const struct snat_flow *wanted, __u32 place)
+{
+	struct snat_tuple *tuple = find_snat_tuple(place);
+
+	return tuple && same_address(&tuple->client, &wanted->client) && tuple->ports == wanted->ports &&
+	       tuple->service == wanted->flow.service_id;
+}
+
+/* The place of the flow's mapping in a set, or NO_PLACE. A fingerprint alone could be another flow's. */
+static __always_inline __u32 find_mapping_in(const struct snat_flow *wanted, __u32 index)
+{
+	struct flow_set *set = find_snat_set(index);
+	__u32 place = set ? find_flow(set, wanted->flow.key) : WAYS;
+
+	if (place >= WAYS)
+		return NO_PLACE;
+	place += index * WAYS;
+	return has_mapping(wanted, place) ? place : NO_PLACE;
+}
+
+/* The two sets in which a flow may have its mapping. */
+static __always_inline __u32 first_set(const struct snat_flow *wanted)
+{
+	return snat_set(wanted, wanted->flow.key >> 32);
+}
+
+static __always_inline __u32 second_set(const struct snat_flow *wanted)
+{
+	return snat_set(wanted, finish(wanted->flow.key) >> 32);
+}
+
+static __always_inline __u32 find_mapping(const struct snat_flow *wanted)
+{
+	__u32 place = find_mapping_in(wanted, first_set(wanted));
+
+	return place == NO_PLACE ? find_mapping_in(wanted, second_set(wanted)) : place;
+}
+
+static __always_inline __u64 mapping_word(const struct flow *flow, __u32 backend, __u32 state)
+{
+	return flow_word(flow, backend, state) & ~FLOW_COUNTED;
+}
+
+/* Claims the set's most dispensable place for the flow. Its tuple is written before a reply can find the mapping. */
+static __always_inline __u32 make_mapping(const struct snat_flow *wanted, __u32 index, __u32 backend)
+{
+	const struct flow *flow = &wanted->flow;
+	struct flow_set *set = find_snat_set(index);
+	__u64 victim, old, claim = mapping_word(flow, 0, flow->state);
+	struct snat_tuple *tuple;
+	__u32 place;
+
+	if (!set)
+		return NO_PLACE;
+	victim = find_victim(set, flow->tick, SNAT_TIMEOUTS);
+	place = index * WAYS + (victim & (WAYS - 1));
+	tuple = find_snat_tuple(place);
+	old = *way(set, victim);
+	if (!tuple || victim >> 3 < SCORE_OPENING || !replace_flow(way(set, victim), old, claim))
+		return NO_PLACE;
+	tuple->client = wanted->client;
+	tuple->ports = wanted->ports;
+	tuple->service = flow->service_id;
+	replace_flow(way(set, victim), claim, mapping_word(flow, backend, flow->state));
+	return place;
+}
+
+/* How many places of a set are free, or as good as. */
+static __always_inline __u32 room_in(__u32 index, __u32 tick)
+{
+	struct flow_set *set = find_snat_set(index);
+	__u32 room = 0;
+
+	if (!set)
+		return 0;
+#pragma unroll
+	for (int i = 0; i < WAYS; i++)
+		room += 1 - is_zero(score(set->flow[i], tick, SNAT_TIMEOUTS) / SCORE_OPENING);
+	return room;
+}
+
+/* Notes that the flow lives, by a packet of its backend; `state` is what that adds. */
+static __always_inline void refresh_mapping(__u64 *word, __u32 state)
+{
+	__u64 old = *word, fresh = (old & ~(0xfffULL << 2)) | (current_tick() & 0xfff) << 2 | state;
+
+	if (fresh != old)
+		replace_flow(word, old, fresh);
+}
+
+static __always_inline __u64 *mapping_at(__u32 place)
+{
+	struct flow_set *set = find_snat_set(place / WAYS);
+
+	return set ? way(set, place) : NULL;
+}
+
+/* The source address and port that a place stands for. */
+static __always_inline bool source_of(__u32 place, struct address *address, __be16 *port)
+{
+	__u32 index = place / (SETS_PER_SOURCE * WAYS);
+	struct address *source = sources.lookup(&index);
+
+	if (!source)
+		return false;
+	*address = *source;
+	*port = be16(FIRST_SOURCE_PORT + place % (SETS_PER_SOURCE * WAYS));
+	return true;
+}
+
+/*
+ * The place of the flow's mapping, the one that it has or a new one. `*backend` is the flow rule's. If the flow has a mapping,
+ * that one's backend comes first, because it knows the connection, unless a new connection begins.
+ */
+static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *backend)
+{
+	const struct flow *flow = &wanted->flow;
+	__u32 place = find_mapping(wanted), one, other, known;
+	struct backend *entry;
+	__u64 *word, old;
+
+	if (place == NO_PLACE) {
+		one = first_set(wanted);
+		other = second_set(wanted);
+		return make_mapping(wanted, room_in(other, flow->tick) > room_in(one, flow->tick) ? other : one, *backend);
+	}
+	word = mapping_at(place);
+	if (!word)
+		return NO_PLACE;
+	old = *word;
+	known = FLOW_BACKEND(old);
+	entry = backends.lookup(&known);
+	if ((!flow->unverified || FLOW_STATE(old) == FLOW_OPENING) && serves(flow, entry))
+		*backend = known;
+	replace_flow(word, old, mapping_word(flow, *backend, flow->unverified ? FLOW_OPENING : flow->state | FLOW_STATE(old)));
+	return place;
+}
+
+/* What a packet to a source address of full NAT replies to: the flow whose mapping has its port, if its backend is there. */
+struct reply_to {
+	struct snat_tuple *tuple;
+	struct backend *backend;
+	struct service *service;
+	__u64 *word;
+	__u32 id; /* the backend's */
+};
+
+static __always_inline bool find_reply_to(__u32 source, __be16 port, const struct address *backend, __be16 backend_port,
+					  __u8 protocol, struct reply_to *to)
+{
+	__u32 place = source * SETS_PER_SOURCE * WAYS + be16(port) - FIRST_SOURCE_PORT;
+
+	to->tuple = find_snat_tuple(place);
+	to->word = mapping_at(place);
+	if (!to->tuple || !to->word || !*to->word)
+		return false;
+	to->id = FLOW_BACKEND(*to->word);
+	to->backend = backends.lookup(&to->id);
+	if (!to->backend || to->backend->service != to->tuple->service)
+		return false;
+	to->service = services.lookup(&to->backend->service);
+	if (!to->service || !same_address(&to->backend->address, backend))
+		return false;
+	return backend_port == (to->backend->port ? to->backend->port : (__be16)(to->tuple->ports >> 16)) &&
+	       (protocol == IPPROTO_UDP) == !!(to->service->flags & SERVICE_UDP);
+}
+
+#endif
