@@ -10,11 +10,16 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 ETH_IPV4, ETH_IPV6 = 0x0800, 0x86DD
 TAG_TYPES = (0x8100, 0x88A8)
 ICMP, IPIP, TCP, UDP, IPV6, FRAGMENT, ICMPV6 = 1, 4, 6, 17, 41, 44, 58
 HEADERS_WITH_LENGTH = (0, 43, 60)
+Words = TypeVar("Words", NDArray[np.uint64], np.uint64)
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -35,6 +40,15 @@ def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int)
     if len(source) == 4:
         return source + destination + struct.pack(">BBH", 0, protocol, length)
     return source + destination + struct.pack(">IxxxB", length, protocol)
+
+
+def aged(words: Words, ticks: int) -> Words:
+    """Words of the flow cache (bpf/flow.h), as if they had been written so many ticks earlier: their 12 bits of time go
+    round, and what the clock says now does not matter.
+    """
+    time = words >> np.uint64(2) & np.uint64(0xFFF)
+    earlier = time + np.uint64(-ticks % 4096) & np.uint64(0xFFF)
+    return words & ~np.uint64(0xFFF << 2) | earlier << np.uint64(2)
 
 
 @dataclass(frozen=True, slots=True)

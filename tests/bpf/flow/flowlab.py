@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from flowmodel import Address, Flow
-from reference import Hash
+from reference import Hash, aged
 
 from xdplb import abi
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, Features, FlowTimes, Geometry
@@ -48,8 +48,8 @@ from xdplb.model import (
 KEY = HashKey.derive("flow tests")
 HASH = Hash(KEY.seed, KEY.factor)
 WINDOW = 900
-STILL = FlowTimes(opening=60, established=900, closing=120, datagram=300, tick_shift=30)
-"""A tick is more than eleven days."""
+STILL = FlowTimes(opening=60, established=900, closing=120, datagram=300, tick_shift=40)
+"""A tick is 34 years or more, so none passes by itself. Jiffies begin at 2^32 less five minutes: 30 would not do."""
 FEATURES = Features(
     ipv4=True,
     ipv6=True,
@@ -188,14 +188,13 @@ class Lab:
         self.plane.transitions["deadline"] = np.maximum(deadlines, 0)
         words = self.plane.flow_words
         used = np.flatnonzero(words)
-        field = np.uint64(0xFFF << 2)
-        older = (words[used] & field) - np.uint64(ticks << 2) & field
-        words[used] = words[used] & ~field | older
+        words[used] = aged(words[used], ticks)
         self.spend_budget(0)
 
     def spend_budget(self, used: int, tick: int | None = None) -> None:
         """So many flows were remembered in this tick, by each CPU."""
-        value = struct.pack("<II", self.clock.tick if tick is None else tick, used) * syscall.possible_cpus()
+        now = (self.clock.tick if tick is None else tick) % (1 << 32)
+        value = struct.pack("<II", now, used) * syscall.possible_cpus()
         syscall.update(self.plane.fd("flow_budgets"), bytes(4), value)
 
     # What flows there are.

@@ -143,7 +143,7 @@ def test_larger_maps_take_what_the_small_ones_could_not(lab: Lab) -> None:
         assert {flow: grown.send(flow) for flow in flows} == homes
 
 
-QUICK = FlowTimes(opening=2, established=50, closing=4, datagram=10, tick_shift=0)
+QUICK = FlowTimes(opening=2, established=200, closing=4, datagram=10, tick_shift=0)
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +170,16 @@ class TestTimeThatReallyPasses:
         assert 0 <= int(Flows.decode(words, now).idle[0]) <= now - before
 
     def test_the_window_ends_and_flows_do(self, fast: Lab) -> None:
-        fast.start(service(), window=25)
+        fast.start(service(), window=100)
         early, late = fast.flows(2, of="a")
         fast.drain("a")
         changed = fast.clock.tick
         assert fast.send(early) == "a"
-        self.wait_until(fast, changed + 25)
+        self.wait_until(fast, changed + 100)
         assert fast.send(late) == fast.owner(late) != "a"
         assert fast.send(early) == "a"
         seen = fast.clock.tick
         assert fast.settle() == 1
-        self.wait_until(fast, seen + 52)
+        self.wait_until(fast, seen + 202)
         assert fast.settle() == 0
         assert fast.send(early) == fast.owner(early)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flowlab import ACK, FIN, STILL, SYN, WINDOW, Lab, service
 from flowmodel import Flow
+from reference import aged
 
 from xdplb.abi import FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState
 from xdplb.core.flow_cache import Flows
@@ -106,8 +107,7 @@ class TestAFullSet:
         words = tiny.plane.flow_words
         words[5] = words[5] & ~np.uint64(3) | np.uint64(FlowState.OPENING)
         tiny.pass_time(50)
-        ended = np.uint64(0xFFF << 2)
-        words[6] = words[6] & ~ended | (words[6] & ended) - np.uint64(901 << 2) & ended
+        words[6] = aged(words[6], 901)
         newcomers = self.fresh(tiny, 4)
         places = []
         for flow in newcomers:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import aged
 
 from xdplb.abi import BACKEND_GONE, FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState, FlowTimes
 from xdplb.core import flow_cache
@@ -45,6 +46,14 @@ def test_a_word_says_who_where_since_when_and_how(remembered: list[tuple[int, in
     decoded = Flows.decode(packed, last)
     seen = zip(decoded.fingerprint, decoded.backend, decoded.idle, decoded.state, strict=True)
     assert [tuple(map(int, one)) for one in seen] == [tuple(map(int, one)) for one in remembered]
+
+
+@given(fingerprints, backends, ticks, states, st.integers(0, TICK_MASK))
+def test_tests_make_a_word_older_whatever_the_time(who: int, where: int, now: int, state: FlowState, age: int) -> None:
+    """By `reference.aged`; a machine that just booted is at any point of the 4096 ticks."""
+    (older,) = aged(words(word(who, where, now, state)), age)
+    assert int(older) == word(who, where, now - age, state)
+    assert aged(np.uint64(word(who, where, now, state)), age) == older
 
 
 @pytest.mark.parametrize("now", [0, 1, 59, 2000, 4095, 4096, 4097, (1 << 32) - 1])
