@@ -26,8 +26,8 @@ FAST_CHECK = {"type": "http", "path": "/healthz", "interval": "300ms", "fast_int
 NO_CHECK = {"type": "none"}
 VIP = {4: VIP4, 6: VIP6}
 FOREIGN_PROGRAM = "int foreign(struct xdp_md *ctx) { return XDP_PASS; }"
-ATTEMPTS = 40
-"""Enough flows to hit each of three backends: the chance to miss one is 3 in 10 million."""
+ATTEMPTS = 64
+"""Enough flows to hit each of three backends of the same weight: the chance to miss one is 2 in 100 billion."""
 
 SERVICE_DEFAULTS: dict[str, Any] = {"forward": "nat", "check": FAST_CHECK}
 

@@ -12,6 +12,7 @@ from stage import (
     VIP,
     Balancer,
     ask_udp,
+    ask_udp_many,
     at,
     backends_of,
     balancing,
@@ -158,7 +159,7 @@ def test_a_backend_whose_link_is_down(lab: Laboratory, balancer: Balancer) -> No
     try:
         balancer.await_state("web4", gone.name, "down", timeout_s=15)
         assert gone.name not in fetch_many(lab.client, VIP[4])
-        assert gone.name not in {ask_udp(lab.client, VIP[4], PORT["echo"]).split(b":")[0].decode() for _ in range(30)}
+        assert gone.name not in ask_udp_many(lab.client, VIP[4], PORT["echo"])
     finally:
         gone.shell(
             "ip link set eth0 up; ip -6 addr add fd00::11/64 dev eth0 nodad; ip -6 route replace ::/0 via fd00::1"
@@ -225,7 +226,8 @@ def test_operators_steer_backends_and_are_remembered(lab: Laboratory, balancer: 
     assert balancer.backend("web4", one)["admin"] == "active", "the file changed that backend: it says otherwise"
     for name in (two, three):
         balancer.cli("backend", "ready", f"web4/{name}")
-    assert fetch_many(lab.client, VIP[4]) == names(lab)
+    a_tenth = 240  # is the share of the lightest; they all miss it with a chance of 1 in 100 billion
+    assert fetch_many(lab.client, VIP[4], count=a_tenth) == names(lab)
 
 
 def test_a_dead_neighbour_is_checked_at_once(lab: Laboratory, running: Balancer) -> None:
