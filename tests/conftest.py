@@ -1,8 +1,13 @@
-"""What all tests share: whether BPF programs can be loaded here at all."""
+"""What all tests share: the same surroundings everywhere, and whether BPF programs can be loaded here at all."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +16,32 @@ from xdplb.errors import XdplbError
 
 pytest.register_assert_rewrite("packets", "reference", "world")
 
+_LEFT_ALONE = {signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ}
+"""The first is nohup's affair, the others Python itself ignores and restores in its children."""
+_PRIVATE = re.compile(
+    r"XDPLB_.*|COLUMNS|LINES|FORCE_COLOR|NO_COLOR|CLICOLOR.*|TTY_.*|NOTIFY_SOCKET|WATCHDOG_.*|SUDO_.*|.*_proxy|.*_PROXY"
+    r"|LC_.*|LANGUAGE|PYTHONWARNINGS|PYTHONDEVMODE|PYTHONOPTIMIZE|HYPOTHESIS_.*"
+)
+"""Variables by which a user, a terminal or a service manager changes what programs do or print."""
+
 _PROBE = "int probe(struct xdp_md *ctx) { return XDP_PASS; }"
+
+
+def pytest_configure() -> None:
+    """Tests see the same surroundings whoever starts them, and so do the programs that they start."""
+    _restore_signals()
+    for name in filter(_PRIVATE.fullmatch, list(os.environ)):
+        del os.environ[name]
+    os.environ.update(LANG="C.UTF-8", TERM="xterm")
+    os.umask(0o022)
+
+
+def _restore_signals() -> None:
+    """A shell's background job has SIGINT ignored, and so may what cron or a CI starts: no Ctrl-C would reach it."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - _LEFT_ALONE:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _why_no_bpf() -> str | None:
@@ -29,3 +59,11 @@ def bpf_able() -> None:
     """Skips, with the reason found by trying, where no BPF program can be loaded."""
     if reason := _why_no_bpf():
         pytest.skip(reason)
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory into which everybody may look. Pytest's own are not: another run of it closes them again."""
+    with tempfile.TemporaryDirectory(prefix="xdplb-test-") as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
