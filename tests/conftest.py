@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from side_by_side import pytest_collection_modifyitems, pytest_runtest_protocol
 
-from xdplb.dataplane.loader import load_programs
+from xdplb.dataplane.loader import BPFFS, ensure_bpffs, load_programs
 from xdplb.errors import XdplbError
+
+__all__ = ["pytest_collection_modifyitems", "pytest_runtest_protocol"]
+"""Hooks, which pytest finds here."""
 
 pytest.register_assert_rewrite("packets", "reference", "world")
 
@@ -34,6 +39,8 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update(LANG="C.UTF-8", TERM="xterm")
     os.umask(0o022)
+    with contextlib.suppress(XdplbError):  # here, for two processes of tests might both find that it is missing
+        ensure_bpffs(BPFFS)
 
 
 def _restore_signals() -> None:

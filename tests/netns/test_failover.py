@@ -86,6 +86,7 @@ def names(lab: Laboratory) -> set[str]:
     return {host.name for host in lab.backends}
 
 
+@pytest.mark.alone
 def test_requests_go_on_when_a_server_is_killed_and_it_gets_its_share_back(
     lab: Laboratory, balancer: Balancer, servers: list[WebServer]
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_backup_serves_only_when_the_others_are_down(
     assert fetch_many(lab.client, VIP[4], PORT["spare"]) == {servers[0].name}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("version", [4, 6])
 def test_all_are_down(lab: Laboratory, balancer: Balancer, servers: list[WebServer], version: int) -> None:
     for server in servers:

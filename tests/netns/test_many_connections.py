@@ -42,6 +42,7 @@ def steer(balancer: Balancer, action: str, backend: str) -> None:
         balancer.ask("backend", action=action, service=name, backend=backend)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("scheduler", ["maglev", "lc"])
 def test_nobody_notices(lab: Laboratory, scheduler: str) -> None:
     with balancing(lab, *services(lab, scheduler)) as balancer, ExitStack() as stack:

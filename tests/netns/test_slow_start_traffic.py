@@ -49,6 +49,7 @@ def growth(balancer: Balancer, backend: str) -> float:
     return float(entry.get("slow_start", 1))
 
 
+@pytest.mark.alone
 def test_the_share_of_one_that_comes_back_grows(lab: Laboratory, servers: list[WebServer]) -> None:
     victim = servers[0]
     with balancing(lab, web(lab)) as balancer, HttpLoad(lab.client, f"http://{VIP[4]}/", rate=RATE) as load:

@@ -152,6 +152,7 @@ def fast(flow_pins: None) -> Iterator[Lab]:
         yield Lab(plane)
 
 
+@pytest.mark.alone
 class TestTimeThatReallyPasses:
     """A tick is a timer interrupt here, a hundredth of a second at most."""
 
