@@ -105,7 +105,9 @@ def test_maps_that_are_not_whole_are_built_anew_with_what_is_left_of_them(lab: L
         balancer.kill()
         (pins,) = (path for path in balancer.pins.iterdir() if path.is_dir())
         (pins / "services").unlink()
+        counted = balancer.service_stats("web")["packets"]
         balancer.up()
+        assert balancer.service_stats("web")["packets"] >= counted > 0
         assert f"{pins} is incomplete, services missing" in balancer.process.log()
         crowd.unchanged(silent_too=True)
 

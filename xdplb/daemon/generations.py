@@ -15,7 +15,7 @@ from xdplb.core.operations import Applied
 from xdplb.core.status import Statuses
 from xdplb.daemon import record
 from xdplb.daemon.engine import Engine, Retired
-from xdplb.daemon.handover import Inheritance, carry_counters
+from xdplb.daemon.handover import Counted, Inheritance
 from xdplb.daemon.larger_maps import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, moved
 from xdplb.dataplane import bundle, syscall
 from xdplb.dataplane.clock import clock
@@ -36,7 +36,7 @@ class Generations:
         self._instance = instance
         self._key = key
         self._tx_by_redirect = tx_by_redirect
-        self._left_behind: Manifest | None = None
+        self._left_behind: Counted | None = None
 
     def features(self, config: Config) -> Features:
         return requirements.features(config, self._tx_by_redirect, clock().flow_times(config.flow_cache))
@@ -52,7 +52,7 @@ class Generations:
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
             return Engine(plane, self._key, config, statuses, record.applied(plane, notes), record.retired(notes))
-        self._left_behind = notes
+        self._left_behind = Counted.of(notes) if notes is not None else None
         geometry = requirements.geometry(config)
         left = Inheritance.of(notes, self._key) if notes is not None else None
         if left is None or notes is None:
@@ -127,7 +127,7 @@ class Generations:
     def carry_counters(self, engine: Engine) -> None:
         """Brings over what maps counted that could not be taken over."""
         if self._left_behind is not None:
-            carry_counters(self._left_behind, engine)
+            self._left_behind.carry(engine)
             self._left_behind = None
 
     def forget_others(self, engine: Engine) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from xdplb.core.hash_key import HashKey
 from xdplb.daemon.engine import Counters, Engine
 from xdplb.dataplane import syscall
 from xdplb.dataplane.clock import clock
-from xdplb.dataplane.counters import read_pinned
+from xdplb.dataplane.counters import open_pinned, read_counters
 from xdplb.dataplane.loader import Dataplane
 from xdplb.dataplane.manifest import Manifest
 from xdplb.dataplane.syscall import MapShape
@@ -101,15 +101,36 @@ class Inheritance:
             os.close(descriptor)
 
 
-def carry_counters(notes: Manifest, engine: Engine) -> None:
-    """Brings over what an earlier generation's maps counted, by names, where `engine` did not adopt those."""
-    if notes.pins == str(engine.plane.pins):
-        return
-    try:
-        counted = {name: read_pinned(Path(notes.pins) / name) for name in notes.counters}
-    except (XdplbError, OSError) as error:
-        log.warning("the counters start from zero: %s", error)
-        return
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What maps counted that are not adopted, as descriptors: new maps may get the very place of their pins."""
+
+    notes: Manifest
+    maps: dict[str, int]
+
+    @classmethod
+    def of(cls, notes: Manifest) -> Counted | None:
+        """None where not all of them are left."""
+        maps: dict[str, int] = {}
+        try:
+            for name in notes.counters:
+                maps[name] = open_pinned(Path(notes.pins) / name)
+        except (XdplbError, OSError) as error:
+            log.warning("the counters start from zero: %s", error)
+            for descriptor in maps.values():
+                os.close(descriptor)
+            return None
+        return cls(notes, maps)
+
+    def carry(self, engine: Engine) -> None:
+        """Adds them up in the counters of `engine`, by names."""
+        counted = {name: read_counters(descriptor) for name, descriptor in self.maps.items()}
+        for descriptor in self.maps.values():
+            os.close(descriptor)
+        _set_counters(self.notes, counted, engine)
+
+
+def _set_counters(notes: Manifest, counted: Mapping[str, Counters], engine: Engine) -> None:
     plane, applied = engine.plane, engine.applied
 
     def renamed(map_name: str, values: Sequence[int] | Counters) -> Counters:

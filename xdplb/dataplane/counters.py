@@ -58,9 +58,14 @@ def read_pinned(path: Path) -> NDArray[np.uint64]:
     """All of a pinned map's counters, summed over CPUs. Raises as `open_pinned` does."""
     descriptor = open_pinned(path)
     try:
-        return syscall.read_per_cpu(descriptor, syscall.map_shape(descriptor).max_entries)
+        return read_counters(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_counters(descriptor: int) -> NDArray[np.uint64]:
+    """The same of a map that is open already."""
+    return syscall.read_per_cpu(descriptor, syscall.map_shape(descriptor).max_entries)
 
 
 def open_pinned(path: Path) -> int:
