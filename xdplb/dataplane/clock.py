@@ -1,12 +1,11 @@
 """The packet path's clock: ticks of about a second.
 
 It counts the kernel's timer interrupts (jiffies), because reading them costs the packet path one load; how many of
-them make a second (HZ) is the kernel's build's affair and is found out by counting.
+them make a second (HZ) is decided when the kernel is built, and the resolution of its coarse clocks tells it.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from functools import cache
 
@@ -18,9 +17,8 @@ _CALL_JIFFIES64 = b"\x85\x00\x00\x00\x76\x00\x00\x00"
 _SHIFT = b"\x77\x00\x00\x00"
 """r0 >>= what follows."""
 _EXIT = b"\x95\x00\x00\x00\x00\x00\x00\x00"
-_FREQUENCIES = (100, 250, 300, 1000)
-"""What a kernel can be configured to: kernel/Kconfig.hz."""
-_COUNTING_S = 0.06
+_MONOTONIC_COARSE = 6
+"""A clock that each timer interrupt advances (linux/time.h); Python's time module has no name for it."""
 
 
 class Clock:
@@ -60,23 +58,12 @@ def _run(program: int) -> int:
     return syscall.test_run(program, bytes(64)).verdict
 
 
-def _count_frequency() -> int:
-    program = syscall.load_xdp(_CALL_JIFFIES64 + _EXIT)
-    try:
-        begin, start = _run(program), time.monotonic()
-        time.sleep(_COUNTING_S)
-        counted = (_run(program) - begin & 0xFFFFFFFF) / (time.monotonic() - start)
-    finally:
-        os.close(program)
-    return min(_FREQUENCIES, key=lambda frequency: abs(frequency - counted))
-
-
 @cache
 def clock(shift: int | None = None) -> Clock:
     """The one of this process; its ticks are about a second. Raises OSError where BPF programs cannot be loaded.
 
     Another `shift` makes time pass faster for the packet path, for measurements over simulated hours.
     """
-    frequency = _count_frequency()
+    frequency = round(1 / time.clock_getres(_MONOTONIC_COARSE))
     nearest = min(range(5, 12), key=lambda power: abs((1 << power) - frequency))
     return Clock(frequency, nearest if shift is None else shift)
