@@ -323,7 +323,7 @@ def test_the_last_one_of_a_stretch_is_found(choosing: Lab, number: int) -> None:
 
 @pytest.mark.parametrize(("share", "most"), [(4, 1 / 1000), (2, 1 / 80)], ids=["a quarter full", "half full"])
 def test_in_a_memory_that_fills_hardly_any_flow_finds_no_place(lab: Lab, share: int, most: float) -> None:
-    """The README's advice on its size."""
+    """The advice of docs/flows.md on its size."""
     lab.start(service(flows=FlowMemory.ALL))
     count = len(lab.plane.flow_words) // share
     lab.sent_to(lab.flows(count), SYN)
