@@ -48,14 +48,14 @@ static __always_inline __u32 processor(void)
 /* rr, wrr: the next of the sequence. Every CPU goes through it on its own, from another place on. BACKEND_GONE: none. */
 static __always_inline __u32 choose_next(const struct service *service, __u32 service_id)
 {
-	__u32 *taken = turns_taken.lookup(&service_id), count = service->turn_count, id, place;
+	__u32 *position = turns_taken.lookup(&service_id), count = service->turn_count, id, place;
 	struct load *load;
 
-	if (!taken || !count)
+	if (!position || !count)
 		return BACKEND_GONE;
 	for (int i = 0; i < SEQUENCE_TRIES; i++) {
-		place = (*taken + processor()) % count;
-		(*taken)++;
+		place = (*position + processor()) % count;
+		(*position)++;
 		id = read_slot((service->turns + place) & (SLOTS - 1)) & SLOT_BACKEND;
 		load = find_load(id);
 		if (load && load->weight)
