@@ -54,13 +54,13 @@ struct service {
 	struct address address;
 	__u32 slots;                /* index of its first slot; written together with slot_mask as one word */
 	__u32 slot_mask;            /* number of its slots, a power of two, less one */
-	__u32 turns;                /* index, among the slots, of its backends in turn, each as often as it weighs */
-	__u32 turn_count;           /* 0 where the scheduler takes no turns */
+	__u32 sequence;             /* index, among the slots, of its wrr sequence */
+	__u32 sequence_length;      /* 0 where the scheduler needs none */
 	struct address client_mask; /* which bits of a client's address take part in the flow hash */
 	__u32 ports_mask; /* and which of the ports: none for source-hash, and where flows of a client stay together */
 	__be16 port;      /* 0 where the service has several ports */
 	__be16 gue_port;
-	__u16 members;   /* number of its backends behind the turns, each once */
+	__u16 members;   /* number of its backends behind the sequence, each once */
 	__u16 keep_idle; /* for how many idle ticks a flow is remembered at least */
 	__u8 forward;
 	__u8 flags;

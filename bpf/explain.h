@@ -15,7 +15,7 @@
 #include "schedule.h"
 
 /* Of use only to the process that asks, so not pinned. */
-BPF_F_TABLE("array", __u32, struct trace, explanations, 1, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", __u32, struct trace, traces, 1, BPF_F_MMAPABLE);
 
 /* Is something remembered of the flow, `*word`, and does it say where the packet goes? */
 static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
@@ -75,7 +75,7 @@ static __always_inline int explain_full_nat(struct packet *p, const struct flow 
 		known = backends.lookup(&id);
 	}
 	if (serves(flow, known) && !flow->unverified && source_of(place, &source, &port)) {
-		trace->subject = SUBJECT_LEASED;
+		trace->subject = SUBJECT_MAPPED;
 		trace->backend = id;
 		backend = known;
 		translate(p, &source, port, true);

@@ -16,7 +16,7 @@ static __always_inline bool encapsulates(const struct service *service)
 static __always_inline int answer(struct xdp_md *ctx, enum answer kind, __u32 service, __u32 mtu)
 {
 	__u32 zero = 0;
-	struct tail_call *call = errands.lookup(&zero);
+	struct tail_call *call = tail_calls.lookup(&zero);
 
 	if (call)
 		*call = (struct tail_call){ .service = service, .kind = kind, .mtu = mtu };

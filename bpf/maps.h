@@ -22,15 +22,15 @@ BPF_TABLE_PINNED("array", __u32, struct slot_block, slots, SLOTS / 16, PIN("slot
 
 BPF_TABLE_PINNED("array", __u32, struct transition, transitions, SLOTS, PIN("transitions"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct flow_set, flow_sets, FLOW_SETS, PIN("flow_sets"), BPF_F_MMAPABLE);
-BPF_TABLE_PINNED("array", __u32, struct flow_set, lease_sets, LEASE_SETS, PIN("lease_sets"), BPF_F_MMAPABLE);
-BPF_TABLE_PINNED("array", __u32, struct snat_tuple, lessees, 8 * LEASE_SETS, PIN("lessees"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct flow_set, snat_sets, SNAT_SETS, PIN("snat_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct snat_tuple, snat_tuples, 8 * SNAT_SETS, PIN("snat_tuples"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct address, sources, MAX_SOURCES, PIN("sources"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_budget, flow_budgets, 1, PIN("flow_budgets"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct flow_counters, flow_counters, 1, PIN("flow_counters"), 0);
 BPF_TABLE_PINNED("array", __u32, __u32, sweep_position, 1, PIN("sweep_position"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("array", __u32, struct load, loads, MAX_BACKEND_IDS, PIN("loads"), BPF_F_MMAPABLE);
-BPF_TABLE_PINNED("percpu_array", __u32, __u32, turns_taken, SERVICES + 1, PIN("turns_taken"), 0);
+BPF_TABLE_PINNED("percpu_array", __u32, __u32, wrr_positions, SERVICES + 1, PIN("wrr_positions"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct choice, choices, 1, PIN("choices"), 0);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct backend_counters, backend_counters, BACKENDS + 1, PIN("backend_counters"), 0);
@@ -43,7 +43,7 @@ BPF_TABLE_PINNED("lru_hash", struct nat_flow_key, __u32, nat_flows, NAT_FLOWS, P
 /* By backend: 1 where clients were seen to talk to its own address and port directly, past the service. */
 BPF_TABLE_PINNED("array", __u32, __u32, direct_seen, BACKENDS + 1, PIN("direct_seen"), BPF_F_MMAPABLE);
 
-BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, errands, 1, PIN("errands"), 0);
+BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
 BPF_TABLE_PINNED("prog", __u32, __u32, stages, STAGE_COUNT, PIN("stages"), 0);
 
 #endif

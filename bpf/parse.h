@@ -193,7 +193,7 @@ static __always_inline enum parsed forget_path(struct packet *p)
 {
 	void *start = frame_start(p->ctx);
 	__u32 zero = 0, link_length, transport_offset;
-	struct tail_call *call = errands.lookup(&zero);
+	struct tail_call *call = tail_calls.lookup(&zero);
 
 	if (!call)
 		return PARSE_MALFORMED;

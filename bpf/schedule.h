@@ -48,7 +48,7 @@ static __always_inline __u32 processor(void)
 /* rr, wrr: the next of the sequence. Every CPU goes through it on its own, from another place on. BACKEND_GONE: none. */
 static __always_inline __u32 choose_next(const struct service *service, __u32 service_id)
 {
-	__u32 *position = turns_taken.lookup(&service_id), count = service->turn_count, id, place;
+	__u32 *position = wrr_positions.lookup(&service_id), count = service->sequence_length, id, place;
 	struct load *load;
 
 	if (!position || !count)
@@ -56,7 +56,7 @@ static __always_inline __u32 choose_next(const struct service *service, __u32 se
 	for (int i = 0; i < SEQUENCE_TRIES; i++) {
 		place = (*position + processor()) % count;
 		(*position)++;
-		id = read_slot((service->turns + place) & (SLOTS - 1)) & SLOT_BACKEND;
+		id = read_slot((service->sequence + place) & (SLOTS - 1)) & SLOT_BACKEND;
 		load = find_load(id);
 		if (load && load->weight)
 			return id;
@@ -79,7 +79,7 @@ static __always_inline bool is_less_busy(__u64 active, __u64 weight, __u64 than_
  */
 static __always_inline __u32 choose_least_busy(const struct service *service, struct choice *choice)
 {
-	__u32 first = service->turns + service->turn_count, best, id, seen = choice->seen;
+	__u32 first = service->sequence + service->sequence_length, best, id, seen = choice->seen;
 	struct load *load;
 	__u64 active, weight;
 
@@ -136,7 +136,7 @@ static __always_inline __u32 choose(struct choice *choice)
 	if (!service)
 		return BACKEND_GONE;
 	switch (service->scheduler) {
-	case SCHEDULER_TURNS:
+	case SCHEDULER_WRR:
 		return choose_next(service, choice->service);
 	case SCHEDULER_LEAST:
 		return choose_least_busy(service, choice);

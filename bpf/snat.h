@@ -32,12 +32,12 @@ static __always_inline bool is_source(__u32 target)
 
 static __always_inline struct flow_set *find_snat_set(__u32 index)
 {
-	return lease_sets.lookup(&index);
+	return snat_sets.lookup(&index);
 }
 
 static __always_inline struct snat_tuple *find_snat_tuple(__u32 place)
 {
-	return lessees.lookup(&place);
+	return snat_tuples.lookup(&place);
 }
 
 /* A flow to be mapped: a client's to a service, by family, with its ports as the client sends them. */

@@ -48,11 +48,11 @@ static __always_inline void sweep_set(void)
 
 	if (!position)
 		return;
-	index = (*position)++ % (FLOW_SETS + LEASE_SETS);
+	index = (*position)++ % (FLOW_SETS + SNAT_SETS);
 	set = index < FLOW_SETS ? flow_sets.lookup(&index) : NULL;
 	if (HAVE_FULL_NAT && !set) {
 		index -= FLOW_SETS;
-		set = lease_sets.lookup(&index);
+		set = snat_sets.lookup(&index);
 	}
 	if (!set)
 		return;

@@ -254,7 +254,7 @@ int xdplb_answer(struct xdp_md *ctx)
 	__u32 zero = 0;
 	bool tcp;
 
-	call = errands.lookup(&zero);
+	call = tail_calls.lookup(&zero);
 	if (!call || parse_network(p, ctx, true) != PARSED)
 		return verdict(XDP_ABORTED);
 	if (!answerable(p))
@@ -277,7 +277,7 @@ int xdplb_explain(struct xdp_md *ctx)
 	struct trace *trace;
 	__u32 zero = 0, id;
 
-	trace = explanations.lookup(&zero);
+	trace = traces.lookup(&zero);
 	if (!trace)
 		return XDP_ABORTED;
 	*trace = (struct trace){};

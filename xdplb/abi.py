@@ -28,7 +28,7 @@ number is the same; to be raised whenever the meaning of a word changes.
 FIRST_SOURCE_PORT = 1024
 SETS_PER_SOURCE = (65536 - FIRST_SOURCE_PORT) // 8
 MAX_SOURCES = 64
-"""Full NAT: which ports of how many addresses of ours flows get, eight of them a set."""
+"""Full NAT: how many source addresses there can be, and which of their ports flows get; eight ports are a set."""
 TARGET_SOURCE = 1 << 30
 """In place of a service's id, plus the source address's index: packets to that address are replies."""
 FLOW_WRAPPING = 3072
@@ -63,7 +63,7 @@ class SchedulerCode(enum.IntEnum):
     """How a backend is chosen for a new flow, where the slots do not say it."""
 
     HASH = 0
-    TURNS = 1
+    WRR = 1
     LEAST = 2
     TWO = 3
 
@@ -110,7 +110,7 @@ class Answer(enum.IntEnum):
 class Subject(enum.IntEnum):
     """What a packet that is to be explained turned out to be."""
 
-    NOBODYS = 0
+    NO_SERVICE = 0
     OTHER_PORT = 1
     """For an address on which services listen, at other ports."""
     TO_SERVICE = 2
@@ -120,8 +120,8 @@ class Subject(enum.IntEnum):
     """To a service whose scheduler chooses a backend once the packet comes."""
     ORPHAN = 5
     """Of a connection whose backend was removed, to a service that resets those."""
-    LEASED = 6
-    """Of a flow that has an address and port of ours, to a service that forwards by full-nat."""
+    MAPPED = 6
+    """Of a flow that has a SNAT mapping, to a service that forwards by full-nat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Geometry:
     sources6: int = 0
 
     @property
-    def lease_sets(self) -> int:
+    def snat_sets(self) -> int:
         """A map of none is not possible."""
         return max(1, (self.sources4 + self.sources6) * SETS_PER_SOURCE)
 
@@ -208,7 +208,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "HAVE_FULL_NAT": features.full_nat,
         "SOURCES4": geometry.sources4,
         "SOURCES6": geometry.sources6,
-        "LEASE_SETS": geometry.lease_sets,
+        "SNAT_SETS": geometry.snat_sets,
         "SETS_PER_SOURCE": SETS_PER_SOURCE,
         "FIRST_SOURCE_PORT": FIRST_SOURCE_PORT,
         "MAX_SOURCES": MAX_SOURCES,

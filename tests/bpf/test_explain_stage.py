@@ -16,11 +16,11 @@ from xdplb.abi import Subject
 from xdplb.api import explanation
 from xdplb.dataplane import frames, syscall
 from xdplb.dataplane.frames import Endpoint, Flow
-from xdplb.dataplane.trace import Found, Reason
+from xdplb.dataplane.trace import Reason, Trace
 from xdplb.model import BackendKey, Forward, Protocol
 
 MAC = bytes.fromhex(FRONT_MAC.replace(":", ""))
-NO_STATE = {"errands", "stages"}
+NO_STATE = {"tail_calls", "stages"}
 """Scratch, and programs."""
 
 
@@ -33,11 +33,11 @@ def frame_of(flow: Flow) -> bytes:
     return frames.build(flow, bytes(6), MAC)
 
 
-def ask(world: World, flow: Flow, arrives: str = "front") -> Found:
+def ask(world: World, flow: Flow, arrives: str = "front") -> Trace:
     return world.plane.explain(frame_of(flow), world.interfaces[arrives])
 
 
-def told(world: World, flow: Flow, found: Found) -> Any:
+def told(world: World, flow: Flow, trace: Trace) -> Any:
     """The answer as people get it, by way of JSON."""
     applied = world.engine.applied
     known = explanation.Known(
@@ -47,7 +47,7 @@ def told(world: World, flow: Flow, found: Found) -> Any:
         world.engine.statuses.by_service,
         1.0,
     )
-    return json.loads(json.dumps(explanation.answer(flow, found, known, "front", "front")))
+    return json.loads(json.dumps(explanation.answer(flow, trace, known, "front", "front")))
 
 
 def memory(world: World) -> dict[str, Any]:
@@ -87,14 +87,14 @@ def unchanged(world: World) -> Iterator[None]:
 @pytest.mark.parametrize(("mode", "protocol", "flow"), QUESTIONS)
 def test_a_packet_leaves_as_it_is_said_to(world: World, mode: Mode, protocol: str, flow: Flow) -> None:
     before = memory(world)
-    found = ask(world, flow)
+    trace = ask(world, flow)
     assert memory(world) == before
     verdict, out = world.run(frame_of(flow))
-    assert (found.verdict, found.after) == (verdict.name.lower(), out)
-    assert reference.faults(found.before) == [] and reference.faults(found.after) == []
-    assert (found.subject, found.reason) == (Subject.TO_SERVICE, Reason.SETTLED)
-    assert found.backend == found.scheduled == world.backend_id(mode.service(protocol))
-    assert found.ifindex == world.interfaces["front"]
+    assert (trace.verdict, trace.after) == (verdict.name.lower(), out)
+    assert reference.faults(trace.before) == [] and reference.faults(trace.after) == []
+    assert (trace.subject, trace.reason) == (Subject.TO_SERVICE, Reason.SETTLED)
+    assert trace.backend == trace.scheduled == world.backend_id(mode.service(protocol))
+    assert trace.ifindex == world.interfaces["front"]
 
 
 @pytest.mark.parametrize(("mode", "protocol", "flow"), QUESTIONS)
@@ -120,9 +120,9 @@ def test_the_headers_are_told_before_and_after(world: World, mode: Mode, protoco
 
 def test_another_interface_is_a_redirection(world: World) -> None:
     flow = a_flow(CLIENT[4], "203.0.113.11", 80)
-    found = ask(world, flow)
-    assert (found.verdict, found.ifindex) == ("redirect", world.interfaces["back"])
-    assert (Verdict.REDIRECT, found.after) == world.run(frame_of(flow))
+    trace = ask(world, flow)
+    assert (trace.verdict, trace.ifindex) == ("redirect", world.interfaces["back"])
+    assert (Verdict.REDIRECT, trace.after) == world.run(frame_of(flow))
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_another_interface_is_a_redirection(world: World) -> None:
     ids=str,
 )
 def test_what_is_for_no_service_passes_unchanged(world: World, unchanged: None, flow: Flow, reason: Reason) -> None:
-    found = ask(world, flow)
-    assert (found.reason, found.verdict, found.after) == (reason, "pass", found.before)
-    assert found.service == found.backend == found.ifindex == 0
+    trace = ask(world, flow)
+    assert (trace.reason, trace.verdict, trace.after) == (reason, "pass", trace.before)
+    assert trace.service == trace.backend == trace.ifindex == 0
 
 
 def test_what_was_found_before_is_forgotten(world: World) -> None:
@@ -165,16 +165,16 @@ def test_where_no_backend_is_up_the_answer_is_told_and_not_given(
     world: World, unchanged: None, vip: str, protocol: str, how: str
 ) -> None:
     flow = a_flow(CLIENT[ip_address(vip).version], vip, PORTS[protocol], protocol)
-    found = ask(world, flow)
-    assert (found.reason, found.backend, found.verdict, found.after) == (Reason.NO_BACKEND, 0, "tx", found.before)
-    assert told(world, flow, found)["why"] == f"no backend is up (a is down): {how}"
+    trace = ask(world, flow)
+    assert (trace.reason, trace.backend, trace.verdict, trace.after) == (Reason.NO_BACKEND, 0, "tx", trace.before)
+    assert told(world, flow, trace)["why"] == f"no backend is up (a is down): {how}"
 
 
 def test_where_nothing_is_answered_it_is_dropped(world: World, unchanged: None) -> None:
     flow = a_flow(CLIENT[4], "203.0.113.9", 80)
-    found = ask(world, flow)
-    assert (found.reason, found.verdict) == (Reason.NO_BACKEND, "drop")
-    assert told(world, flow, found)["why"].endswith(": dropped")
+    trace = ask(world, flow)
+    assert (trace.reason, trace.verdict) == (Reason.NO_BACKEND, "drop")
+    assert told(world, flow, trace)["why"].endswith(": dropped")
 
 
 class TestReplies:
@@ -190,11 +190,11 @@ class TestReplies:
         flow = a_flow(mode.backend, clients[version], 40000, protocol, mode.nat_ports[protocol])
         world.forget()
         before = memory(world)
-        found = ask(world, flow)
+        trace = ask(world, flow)
         assert memory(world) == before
         verdict, out = world.run(frame_of(flow))
-        assert (found.verdict, found.after) == (verdict.name.lower(), out)
-        assert (found.reason, found.backend) == (Reason.REPLY, world.backend_id(mode.service(protocol)))
+        assert (trace.verdict, trace.after) == (verdict.name.lower(), out)
+        assert (trace.reason, trace.backend) == (Reason.REPLY, world.backend_id(mode.service(protocol)))
 
     def test_it_is_told_whose_it_is(self, world: World) -> None:
         flow = a_flow(NAT[4].backend, BEHIND_ROUTER[4], 40000, "tcp", 8080)
@@ -213,8 +213,8 @@ class TestReplies:
         assert nowhere["after"] is None and "no route leads from here" in nowhere["why"]
 
     def test_another_port_of_a_backend_is_its_own_affair(self, world: World, unchanged: None) -> None:
-        found = ask(world, a_flow(NAT[4].backend, CLIENT[4], 40000, "tcp", 22))
-        assert (found.reason, found.verdict) == (Reason.NO_SERVICE, "pass")
+        trace = ask(world, a_flow(NAT[4].backend, CLIENT[4], 40000, "tcp", 22))
+        assert (trace.reason, trace.verdict) == (Reason.NO_SERVICE, "pass")
 
 
 def test_backends_that_share_a_port_leave_no_memory_of_the_question(world: World, unchanged: None) -> None:
@@ -232,16 +232,16 @@ def test_a_backend_that_just_failed_is_passed_over_at_once(world: World) -> None
     try:
         world.set_health("pool4", "d", False)
         world.engine.withdraw(BackendKey("pool4", "d"))
-        found = ask(world, flow)
-        answer = told(world, flow, found)
+        trace = ask(world, flow)
+        answer = told(world, flow, trace)
         verdict, out = world.run(frame_of(flow))
     finally:
         world.set_health("pool4", "d", True)
         world.engine.apply_service("pool4")
         world.plane.flow_words[:] = 0
-    assert (found.reason, found.verdict, found.after) == (Reason.REHASHED, "tx", out)
+    assert (trace.reason, trace.verdict, trace.after) == (Reason.REHASHED, "tx", out)
     assert answer["why"] == (
-        f"slot {found.slot} of {found.slots} belongs to d, which is down: hashed again, to {answer['backend']}"
+        f"slot {trace.slot} of {trace.slots} belongs to d, which is down: hashed again, to {answer['backend']}"
     )
     assert verdict is Verdict.TX
 

@@ -36,7 +36,7 @@ from world import FEATURES, GEOMETRY, KEY, MTU, NARROW, PIN_ROOT, World
 from xdplb.abi import FIRST_SOURCE_PORT, FlowState, Subject
 from xdplb.core import requirements
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
@@ -84,11 +84,13 @@ class Gateway:
         config = Config(("front",), tuple(service(v, p) for v in (4, 6) for p in PORT))
         config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
         self.engine = Engine(plane, KEY, config, Statuses(), Applied(plane.geometry), Retired(), self.clock)
-        way = Way(self.front, *(bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, BACKEND_MAC)), None, MTU)
+        next_hop = NextHop(
+            self.front, *(bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, BACKEND_MAC)), None, MTU
+        )
         for one in config.services:
             for backend in one.backends:
                 key = BackendKey(one.name, backend.name)
-                self.engine.update(key, BackendStatus(HealthState.UP, Admin.ACTIVE, None, way))
+                self.engine.update(key, BackendStatus(HealthState.UP, Admin.ACTIVE, None, next_hop))
         self.engine.apply_all()
 
     def test(self, packet: bytes) -> syscall.TestRun:
@@ -114,7 +116,7 @@ class Gateway:
     def fill(self, state: FlowState, idle: int) -> None:
         """Every place belongs to somebody."""
         tick = self.clock.tick - idle & 0xFFF
-        self.plane.leases[:] = np.uint64(0xDEAD << 32 | 1 << 14 | tick << 2 | state)
+        self.plane.snat_words[:] = np.uint64(0xDEAD << 32 | 1 << 14 | tick << 2 | state)
 
 
 def ends(packet: Packet) -> Flow:
@@ -138,7 +140,7 @@ def plane(world: World) -> Iterator[Dataplane]:
 
 @pytest.fixture
 def gateway(plane: Dataplane, world: World) -> Gateway:
-    plane.leases[:] = 0
+    plane.snat_words[:] = 0
     return Gateway(plane, dict(world.interfaces))
 
 
@@ -183,19 +185,19 @@ def test_hardly_anybody_is_refused_before_most_ports_are_given(gateway: Gateway)
         packet[29], packet[34:36] = number >> 15, (32768 + number % 32768).to_bytes(2, "big")
         verdicts.append(gateway.test(bytes(packet)).verdict)
     given = verdicts.count(Verdict.TX)
-    assert 0.995 * offered < given == np.count_nonzero(gateway.plane.leases)
+    assert 0.995 * offered < given == np.count_nonzero(gateway.plane.snat_words)
     assert verdicts[: PLACES * 7 // 10].count(Verdict.DROP) == 0
     assert gateway.drops("tcp4").get("ports_exhausted", 0) == offered - given
 
 
 def test_no_live_flow_loses_its_port(gateway: Gateway, version: int) -> None:
     gateway.fill(FlowState.ESTABLISHED, idle=100)
-    before = gateway.plane.leases.copy()
+    before = gateway.plane.snat_words.copy()
     flow = client(version)
     for flags in ("S", "A"):
         assert gateway.run(frame(tcp(flags)(flow)))[0] is Verdict.DROP
     assert gateway.drops(f"tcp{version}")["ports_exhausted"] == 2
-    assert (gateway.plane.leases == before).all()
+    assert (gateway.plane.snat_words == before).all()
 
 
 @pytest.mark.parametrize(
@@ -208,22 +210,22 @@ def test_what_ended_gives_its_port_to_others(gateway: Gateway, state: FlowState,
 
 def test_time_frees_ports(gateway: Gateway) -> None:
     gateway.fill(FlowState.ESTABLISHED, idle=901)
-    gateway.plane.leases[:8] = 0
+    gateway.plane.snat_words[:8] = 0
     gateway.open(client(4))
     flow_upkeep.sweep(gateway.engine)
-    assert np.count_nonzero(gateway.plane.leases) == 1
+    assert np.count_nonzero(gateway.plane.snat_words) == 1
 
 
 def test_a_backends_farewell_closes_the_flow(gateway: Gateway) -> None:
     seen = gateway.open(client(4))
     gateway.run(frame(tcp("FA")(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
-    (word,) = gateway.plane.leases[gateway.plane.leases != 0]
+    (word,) = gateway.plane.snat_words[gateway.plane.snat_words != 0]
     assert int(word) & 3 == FlowState.CLOSING
 
 
 def test_a_backend_that_talks_keeps_the_flow_alive(gateway: Gateway) -> None:
     seen = gateway.open(client(4, "udp"), "udp")
-    words = gateway.plane.leases
+    words = gateway.plane.snat_words
     (place,) = np.flatnonzero(words)
     words[place] = reference.aged(words[place], 250)
     before = gateway.clock.tick
@@ -276,7 +278,7 @@ def test_a_removed_backend_leaves_no_place_behind(gateway: Gateway) -> None:
     services = tuple(replace(s, backends=s.backends[1:]) for s in config.services)
     gateway.engine.adopt_config(replace(config, services=services))
     gateway.engine.apply_all()
-    left = {int(word) >> 14 & 0x1FFFF for word in gateway.plane.leases if word}
+    left = {int(word) >> 14 & 0x1FFFF for word in gateway.plane.snat_words if word}
     assert left == {gateway.engine.applied.backends[BackendKey("tcp4", "b1")][0]}
 
 
@@ -284,13 +286,13 @@ def test_what_explain_says_is_what_happens(gateway: Gateway, version: int, proto
     flow, build = client(version, protocol), tcp("A") if protocol == "tcp" else udp()
     packet = frame(build(flow))
     new = gateway.plane.explain(raw(packet), gateway.front)
-    assert not gateway.plane.leases.any()
+    assert not gateway.plane.snat_words.any()
     assert (new.subject, ends(Ether(new.after)).source) == (Subject.TO_SERVICE, CLIENT[version])
     gateway.open(flow, protocol)
-    before = gateway.plane.leases.copy()
+    before = gateway.plane.snat_words.copy()
     known = gateway.plane.explain(raw(packet), gateway.front)
-    assert (gateway.plane.leases == before).all()
-    assert known.subject is Subject.LEASED
+    assert (gateway.plane.snat_words == before).all()
+    assert known.subject is Subject.MAPPED
     assert known.after == raw(gateway.run(packet)[1])
 
 

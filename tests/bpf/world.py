@@ -40,7 +40,7 @@ from scapy.layers.inet6 import IPv6
 from xdplb import abi
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.loader import Dataplane
@@ -313,7 +313,7 @@ class World:
 
     def set_health(self, name: str, backend: str, up: bool) -> None:
         address = next(b.address for s in SERVICES if s.name == name for b in s.backends if b.name == backend)
-        way = Way(
+        next_hop = NextHop(
             ifindex=self.interfaces["back" if name == "far" else "front"],
             source_mac=bytes.fromhex(FRONT_MAC.replace(":", "")),
             dest_mac=bytes.fromhex(BACKEND_MAC.replace(":", "")),
@@ -321,7 +321,7 @@ class World:
             mtu=SMALL_MTU if name.endswith("small") else MTU,
         )
         state = HealthState.UP if up else HealthState.DOWN
-        status = BackendStatus(state, Admin.ACTIVE, None, None if name == "open" else way)
+        status = BackendStatus(state, Admin.ACTIVE, None, None if name == "open" else next_hop)
         self.engine.update(BackendKey(name, backend), status)
 
     def backend_id(self, name: str, backend: str = "a") -> int:

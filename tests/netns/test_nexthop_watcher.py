@@ -15,7 +15,7 @@ from cable import BACKEND4, BACKEND6, GATEWAY4, GATEWAY6, TIMEOUT_S, Lab, add_ca
 from xdplb.model import Address
 from xdplb.net.links import Links
 from xdplb.net.next_hop_watcher import NextHopWatcher
-from xdplb.net.next_hops import LinkEvent, NeighbourKey, NextHop, NextHopState
+from xdplb.net.next_hops import LinkEvent, NeighbourKey, NextHopState, Resolution
 
 BEHIND4, BEHIND6 = ip_address("10.8.0.5"), ip_address("fd08::5")
 
@@ -34,7 +34,7 @@ class Seen:
 
     watcher: NextHopWatcher
     running: asyncio.Task[None]
-    changes: list[NextHop]
+    changes: list[Resolution]
     troubles: list[tuple[Address, str]] = field(default_factory=list)
     links: list[LinkEvent] = field(default_factory=list)
     tick: asyncio.Event = field(default_factory=asyncio.Event)
@@ -50,18 +50,18 @@ class Seen:
         except TimeoutError:
             pytest.fail(f"still waiting; records {dict(self.watcher.records)}, troubles {self.troubles}")
 
-    async def record(self, address: Address, accept: Callable[[NextHop], bool]) -> NextHop:
+    async def record(self, address: Address, accept: Callable[[Resolution], bool]) -> Resolution:
         await self.until(lambda: address in self.watcher.records and accept(self.watcher.records[address]))
         return self.watcher.records[address]
 
-    async def state(self, address: Address, state: NextHopState) -> NextHop:
+    async def state(self, address: Address, state: NextHopState) -> Resolution:
         return await self.record(address, lambda record: record.state is state)
 
 
 @contextlib.asynccontextmanager
 async def watching(*addresses: Address, links: Links | None = None) -> AsyncIterator[Seen]:
     async with links or Links() as kernel:
-        changes: list[NextHop] = []
+        changes: list[Resolution] = []
         troubles: list[tuple[Address, str]] = []
         events: list[LinkEvent] = []
         tick = asyncio.Event()

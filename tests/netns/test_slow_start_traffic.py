@@ -42,8 +42,8 @@ def share(results: list[HttpResult], backend: str) -> float:
     return [result.backend for result in results].count(backend) / len(results)
 
 
-def growth(balancer: Balancer, backend: str) -> float:
-    """Of its weight; 1 where it does not grow."""
+def ramp(balancer: Balancer, backend: str) -> float:
+    """Of its weight; 1 where it is not in slow start."""
     entry = balancer.backend("web", backend)
     assert entry["effective_weight"] == -(-entry["weight"] * round(20 * entry.get("slow_start", 1)) // 20)
     return float(entry.get("slow_start", 1))
@@ -53,19 +53,19 @@ def growth(balancer: Balancer, backend: str) -> float:
 def test_the_share_of_one_that_comes_back_grows(lab: Laboratory, servers: list[WebServer]) -> None:
     victim = servers[0]
     with balancing(lab, web(lab)) as balancer, HttpLoad(lab.client, f"http://{VIP[4]}/", rate=RATE) as load:
-        assert {growth(balancer, server.name) for server in servers} == {1}, "a service starts as a whole"
+        assert {ramp(balancer, server.name) for server in servers} == {1}, "a service starts as a whole"
         victim.kill()
         balancer.await_state("web", victim.name, "down")
         victim.start()
         balancer.await_state("web", victim.name, "up")
         up = time.monotonic()
-        seen = [growth(balancer, victim.name)]
+        seen = [ramp(balancer, victim.name)]
         load.drain()
         begin = load.collect_until(lambda results: len(results) >= RATE * 1.5, "it has begun", 5)
         assert 0 < share(begin, victim.name) < 0.12
         assert "slow start: at " in balancer.cli("status").stdout
         while seen[-1] < 1:
-            seen.append(growth(balancer, victim.name))
+            seen.append(ramp(balancer, victim.name))
             time.sleep(0.05)
         assert SLOW_START_S - 1 < time.monotonic() - up < SLOW_START_S + 3
         steps = sorted(set(seen))
@@ -84,7 +84,7 @@ def test_schedulers_that_choose_go_by_it_too(lab: Laboratory, servers: list[WebS
         with HttpLoad(lab.client, f"http://{VIP[4]}/", rate=200) as load:
             balancer.cli("backend", "maint", f"web/{name}")
             balancer.cli("backend", "ready", f"web/{name}")
-            assert growth(balancer, name) == 0.05
+            assert ramp(balancer, name) == 0.05
             load.drain()
             begin = load.collect_until(lambda results: len(results) >= 400, "it has begun", 5)
         if scheduler == "wrr":
@@ -97,16 +97,16 @@ def test_who_grows_and_who_does_not(lab: Laboratory, servers: list[WebServer]) -
     one, two, three = (server.name for server in servers)
     with balancing(lab, web(lab, 2, slow_start="1h")) as balancer:
         balancer.reload(web(lab, 3, slow_start="1h"))
-        assert [growth(balancer, name) for name in (one, two, three)] == [1, 1, 0.05]
+        assert [ramp(balancer, name) for name in (one, two, three)] == [1, 1, 0.05]
         for action in ("drain", "maint"):
             balancer.cli("backend", action, f"web/{one}")
             assert balancer.backend("web", one)["effective_weight"] == 0
             balancer.cli("backend", "ready", f"web/{one}")
-            assert growth(balancer, one) == 0.05
+            assert ramp(balancer, one) == 0.05
         balancer.kill()
         balancer.up()
-        assert {growth(balancer, name) for name in (one, two, three)} == {1}, "the packet path served all along"
+        assert {ramp(balancer, name) for name in (one, two, three)} == {1}, "the packet path served all along"
         balancer.cli("backend", "maint", f"web/{one}")
         balancer.cli("backend", "ready", f"web/{one}")
         balancer.reload(web(lab, 3))
-        await_until(lambda: growth(balancer, one) == 1, "it takes the shorter time", SLOW_START_S + 3)
+        await_until(lambda: ramp(balancer, one) == 1, "it takes the shorter time", SLOW_START_S + 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import pytest
 from crowd import Crowd
 from stage import NO_CHECK, VIP, Balancer, at, backends_of, service
 
+from xdplb.daemon.handover import FORMER_NAMES
 from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
@@ -37,10 +39,17 @@ def balancer(lab: Laboratory) -> Iterator[Balancer]:
 
 @pytest.fixture
 def another_version(tmp_path: Path) -> str:
-    """The same program, but its maps are not known to be the same: their definition reads differently."""
+    """The same program, but its maps are not known to be the same: their definition reads differently, and some bear
+    the names that they had in earlier versions.
+    """
     root = Path(__file__).parents[2]
     for name in ("xdplb", "bpf"):
         shutil.copytree(root / name, tmp_path / name)
+    for path in (path for kind in ("*.py", "*.h") for path in tmp_path.rglob(kind)):
+        text = path.read_text(encoding="utf-8")
+        for name, former in FORMER_NAMES.items():
+            text = re.sub(rf"\b{name}\b", former, text)
+        path.write_text(text, encoding="utf-8")
     with (tmp_path / "bpf" / "abi.h").open("a") as header:
         header.write("\n/* another version */\n")
     return str(tmp_path)

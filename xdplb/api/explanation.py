@@ -11,7 +11,7 @@ from xdplb.api.messages import Explanation, FlowWay, FrameHeaders, NewConnection
 from xdplb.core.status import BackendStatus
 from xdplb.dataplane import frames
 from xdplb.dataplane.frames import Endpoint, Flow
-from xdplb.dataplane.trace import Found, Reason
+from xdplb.dataplane.trace import Reason, Trace
 from xdplb.errors import UsageError, XdplbError
 from xdplb.model import Admin, BackendKey, Config, Forward, HealthState, Protocol, Service
 
@@ -59,33 +59,33 @@ def _endpoint(text: str) -> Endpoint:
     return Endpoint(address, int(port))
 
 
-def answer(flow: Flow, found: Found, known: Known, interface: str, egress: str | None) -> Explanation:
+def answer(flow: Flow, trace: Trace, known: Known, interface: str, egress: str | None) -> Explanation:
     """The JSON of `xdplb explain -o json`: a packet of `flow` that arrives on `interface` and leaves by `egress`.
 
     XdplbError where the packet path has a service that the configuration does not.
     """
-    story = _Story(flow, found, known)
-    service, key = story.service, known.backends.get(found.backend)
-    rewritten = found.before != found.after
+    story = _Story(flow, trace, known)
+    service, key = story.service, known.backends.get(trace.backend)
+    rewritten = trace.before != trace.after
     gue = service is not None and service.forward is Forward.GUE
     return {
         "source": str(flow.source),
         "destination": f"{flow.destination}/{flow.protocol}",
         "interface": interface,
-        "verdict": None if found.subject is Subject.TO_CHOOSE else found.verdict,
+        "verdict": None if trace.subject is Subject.TO_CHOOSE else trace.verdict,
         "service": service.name if service else None,
         "forward": service.forward.value if service else None,
         "scheduler": service.scheduler.value if service else None,
         **story.way(),
         "backend": key.backend if key else None,
         "address": story.address(),
-        "reason": found.reason.value,
+        "reason": trace.reason.value,
         "why": story.why(),
         "new_connection": story.new_connection(),
-        "before": _headers(found.before) | {"source_mac": None} if rewritten else None,
-        "after": _headers(found.after, gue and found.subject is not Subject.REPLY) if rewritten else None,
+        "before": _headers(trace.before) | {"source_mac": None} if rewritten else None,
+        "after": _headers(trace.after, gue and trace.subject is not Subject.REPLY) if rewritten else None,
         "egress": egress,
-        "largest_packet": found.largest or None,
+        "largest_packet": trace.largest or None,
     }
 
 
@@ -111,40 +111,40 @@ def _headers(frame: bytes, gue: bool = False) -> FrameHeaders:
 class _Story:
     """One answer's names and sentences."""
 
-    def __init__(self, flow: Flow, found: Found, known: Known) -> None:
+    def __init__(self, flow: Flow, trace: Trace, known: Known) -> None:
         self._flow = flow
-        self._found = found
+        self._trace = trace
         self._known = known
-        self.service = known.service(known.services.get(found.service, ""))
-        if found.service and self.service is None:
+        self.service = known.service(known.services.get(trace.service, ""))
+        if trace.service and self.service is None:
             raise XdplbError("the packet path has a service that the configuration does not", "xdplb reload")
 
     @property
     def _to_service(self) -> Service | None:
-        return self.service if self._found.subject is not Subject.REPLY else None
+        return self.service if self._trace.subject is not Subject.REPLY else None
 
     def way(self) -> FlowWay:
         """Slot and flow cache, where the packet is for a service."""
-        found, service = self._found, self._to_service
+        trace, service = self._trace, self._to_service
         if service is None:
             return {"slot": None, "flow_cache": None, "remembered": None}
         slot: SlotAnswer = {
-            "number": found.slot,
-            "of": found.slots,
-            "backend": self._name_or_none(found.slot_backend),
-            "in_transition": found.in_transition,
-            "previous": self._name_or_none(found.previous) if found.in_transition else None,
-            "window_left_s": round(found.ticks_left * self._known.tick_s) if found.in_transition else None,
+            "number": trace.slot,
+            "of": trace.slots,
+            "backend": self._name_or_none(trace.slot_backend),
+            "in_transition": trace.in_transition,
+            "previous": self._name_or_none(trace.previous) if trace.in_transition else None,
+            "window_left_s": round(trace.ticks_left * self._known.tick_s) if trace.in_transition else None,
         }
-        asked = not (found.settled or found.stateless)
+        asked = not (trace.settled or trace.stateless)
         return {
             "slot": slot,
-            "flow_cache": "not asked" if not asked else "hit" if found.remembered else "miss",
+            "flow_cache": "not asked" if not asked else "hit" if trace.remembered else "miss",
             "remembered": self._remembered(),
         }
 
     def _remembered(self) -> RememberedFlow | None:
-        memory = self._found.memory
+        memory = self._trace.memory
         if memory is None:
             return None
         return {
@@ -156,10 +156,10 @@ class _Story:
 
     def address(self) -> str | None:
         """ADDRESS:PORT of the backend."""
-        key = self._known.backends.get(self._found.backend)
+        key = self._known.backends.get(self._trace.backend)
         if key is None or self.service is None:
             return None
-        end = self._flow.source if self._found.subject is Subject.REPLY else self._flow.destination
+        end = self._flow.source if self._trace.subject is Subject.REPLY else self._flow.destination
         addresses = {b.name: Endpoint(b.address, b.port or end.port) for b in self.service.backends}
         return str(addresses[key.backend]) if key.backend in addresses else None
 
@@ -167,33 +167,33 @@ class _Story:
         """What a SYN would get, where that differs. UDP has none, and a client that stays where it is none that counts:
         to both a new flow is like an old one.
         """
-        found, service = self._found, self._to_service
+        trace, service = self._trace, self._to_service
         if service is None or self._flow.protocol is not Protocol.TCP:
             return None
-        by_client = ServiceFlag.BY_CLIENT in found.flags
-        if by_client and (service.scheduler.hashes or found.reason is Reason.REMEMBERED):
+        by_client = ServiceFlag.BY_CLIENT in trace.flags
+        if by_client and (service.scheduler.hashes or trace.reason is Reason.REMEMBERED):
             return None
-        if not found.scheduled:
-            return {"backend": None, "why": self._nobody_serves(service)} if found.backend else None
+        if not trace.scheduled:
+            return {"backend": None, "why": self._nobody_serves(service)} if trace.backend else None
         if not service.scheduler.hashes:
             return {"backend": None, "why": f"its backend is chosen at the SYN, by {service.scheduler}"}
-        if found.scheduled == found.backend:
+        if trace.scheduled == trace.backend:
             return None
-        why = self._belongs() if found.scheduled == found.slot_backend else self._hashed_again(found.scheduled)
-        return {"backend": self._name(found.scheduled), "why": why}
+        why = self._belongs() if trace.scheduled == trace.slot_backend else self._hashed_again(trace.scheduled)
+        return {"backend": self._name(trace.scheduled), "why": why}
 
     def why(self) -> str:
         service = self._to_service
         if service is None:
             return self._why_no_service()
-        if service.forward is Forward.FULL_NAT and self._found.reason is not Reason.LEASED and self._found.backend:
+        if service.forward is Forward.FULL_NAT and self._trace.reason is not Reason.MAPPED and self._trace.backend:
             return f"{self._why(service)}; its source becomes an address and port of ours when it comes"
         return self._why(service)
 
     def _why(self, service: Service) -> str:
-        found = self._found
-        reason, name = found.reason, self._name(found.backend)
-        if reason is Reason.LEASED:
+        trace = self._trace
+        reason, name = trace.reason, self._name(trace.backend)
+        if reason is Reason.MAPPED:
             return f"open: {name} knows it by the address and port that it has of ours"
         if reason is Reason.SETTLED:
             return self._belongs()
@@ -208,55 +208,55 @@ class _Story:
         if reason is Reason.PREVIOUS:
             return self._forgotten() + self._had_it_before()
         if reason is Reason.KEPT:
-            return self._forgotten() + f"{name} {self._state(found.backend)}, but keeps the flows that it has"
+            return self._forgotten() + f"{name} {self._state(trace.backend)}, but keeps the flows that it has"
         if reason is Reason.CURRENT:
             return self._forgotten() + self._not_the_previous_one(service)
-        return self._forgotten() + self._hashed_again(found.backend)
+        return self._forgotten() + self._hashed_again(trace.backend)
 
     def _why_no_service(self) -> str:
-        if self._found.subject is Subject.REPLY:
+        if self._trace.subject is Subject.REPLY:
             return self._reply()
-        if self._found.subject is Subject.OTHER_PORT:
+        if self._trace.subject is Subject.OTHER_PORT:
             return f"no service listens there (that address has {self._services_there()}): the kernel gets it"
         return f"no service has the address {self._flow.destination.address}: the kernel gets it"
 
     def _stays(self, service: Service) -> str:
-        name = self._name(self._found.backend)
-        if ServiceFlag.BY_CLIENT in self._found.flags:
+        name = self._name(self._trace.backend)
+        if ServiceFlag.BY_CLIENT in self._trace.flags:
             return f"remembered: this client stays with {name}"
         return f"remembered: {'' if service.remembers_all else 'since the pool changed '}this flow stays with {name}"
 
     def _belongs(self) -> str:
-        owner = self._name(self._found.slot_backend) if self._found.slot_backend else "nobody"
-        return f"slot {self._found.slot} of {self._found.slots} belongs to {owner}"
+        owner = self._name(self._trace.slot_backend) if self._trace.slot_backend else "nobody"
+        return f"slot {self._trace.slot} of {self._trace.slots} belongs to {owner}"
 
     def _had_it_before(self) -> str:
-        found, name, state = self._found, self._name(self._found.backend), self._state(self._found.backend)
+        trace, name, state = self._trace, self._name(self._trace.backend), self._state(self._trace.backend)
         had = f"{name} had the slot before" if state == "serves" else f"{name} {state}, but had the slot before"
-        if found.backend == found.slot_backend:
+        if trace.backend == trace.slot_backend:
             had = f"{name} had the slot before, and has it again"
         older = "flows older than the change" if self._flow.protocol is Protocol.TCP else "flows not remembered"
-        return f"{had}: {older} stay with it, for {span(found.ticks_left * self._known.tick_s)} more"
+        return f"{had}: {older} stay with it, for {span(trace.ticks_left * self._known.tick_s)} more"
 
     def _not_the_previous_one(self, service: Service) -> str:
-        found, previous = self._found, self._name_or_none(self._found.previous)
-        if found.stateless:
+        trace, previous = self._trace, self._name_or_none(self._trace.previous)
+        if trace.stateless:
             return f"{self._belongs()} (flows: none, so no flow stays with an earlier one)"
-        if not found.ticks_left:
+        if not trace.ticks_left:
             over = "not remembered" if service.remembers_all else "the time of flows older than the change is over"
             return f"{over}: {self._belongs()}"
         if previous is None:
             return f"the backend that had the slot before is gone: {self._belongs()}"
-        return f"{previous} had the slot before, but {self._state(found.previous)}: {self._belongs()}"
+        return f"{previous} had the slot before, but {self._state(trace.previous)}: {self._belongs()}"
 
     def _hashed_again(self, to: int) -> str:
-        owner = self._found.slot_backend
+        owner = self._trace.slot_backend
         why = f", which {self._state(owner)}" if self._name_or_none(owner) else ""
         return f"{self._belongs()}{why}: hashed again, to {self._name(to)}"
 
     def _forgotten(self) -> str:
         """Of a flow that is remembered, but with a backend that takes nothing now."""
-        memory = self._found.memory
+        memory = self._trace.memory
         if memory is None:
             return ""
         backend = int(memory.backend[0])
@@ -266,7 +266,7 @@ class _Story:
     def _nobody_serves(self, service: Service) -> str:
         statuses = self._known.statuses.get(service.name, {})
         states = [f"{backend.name} {state_in_words(statuses.get(backend.name))}" for backend in service.backends]
-        if ServiceFlag.REJECT not in self._found.flags:
+        if ServiceFlag.REJECT not in self._trace.flags:
             what = "dropped"
         elif self._flow.protocol is Protocol.TCP:
             what = "answered with a reset"
@@ -281,12 +281,12 @@ class _Story:
         return f"services on ports {words}" if len(there) > 1 else f"a service on port {words}"
 
     def _reply(self) -> str:
-        found = self._found
-        of = f"a reply of {self._known.backends.get(found.backend, 'a backend that is gone')}"
-        if found.before == found.after:
+        trace = self._trace
+        of = f"a reply of {self._known.backends.get(trace.backend, 'a backend that is gone')}"
+        if trace.before == trace.after:
             return f"{of}, but no route leads from here to {self._flow.destination.address}: the kernel gets it"
-        translated = f"{of}: its source becomes {frames.read(found.after).source}"
-        if found.verdict == "pass":
+        translated = f"{of}: its source becomes {frames.read(trace.after).source}"
+        if trace.verdict == "pass":
             return f"{translated}; the kernel sends it on, because it has to find the next hop first"
         return translated
 
@@ -310,7 +310,7 @@ def state_in_words(status: BackendStatus | None) -> str:
         return "is in maintenance"
     if status.health is not HealthState.UP:
         return "is down" if status.health is HealthState.DOWN else "has not been checked yet"
-    if status.way is None:
+    if status.next_hop is None:
         return "has no next hop"
     return "drains" if status.admin is Admin.DRAIN else "serves"
 

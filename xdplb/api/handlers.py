@@ -17,7 +17,7 @@ from xdplb.config import read as configuration
 from xdplb.config.differences import changes
 from xdplb.core.forecast import forecast
 from xdplb.core.health import Health
-from xdplb.core.status import FULLY_GROWN, Statuses
+from xdplb.core.status import FULL_RAMP, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.engine import Engine
 from xdplb.dataplane import frames
@@ -46,7 +46,7 @@ class Daemon(Protocol):
 
     async def read_file(self) -> Config: ...
     async def reload(self, config: Config) -> None: ...
-    def steer(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None: ...
+    def override(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -78,7 +78,7 @@ class Handlers:
         for backend, wanted in zip(service.backends, desired.backends, strict=True):
             key = BackendKey(service.name, backend.name)
             health, status = self._daemon.health[key], self._daemon.statuses.get(key)
-            growing: dict[str, JSON] = {"slow_start": status.grown / FULLY_GROWN}
+            ramping: dict[str, JSON] = {"slow_start": status.ramp / FULL_RAMP}
             backends.append(
                 {
                     "name": backend.name,
@@ -93,9 +93,9 @@ class Handlers:
                     "remembered_flows": remembered.get(key, 0),
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
-                    "reachable": status.way is not None,
+                    "reachable": status.next_hop is not None,
                     "check": {"duration_ms": round(1000 * health.duration_s, 3)},
-                    **(growing if status.grown < FULLY_GROWN else {}),
+                    **(ramping if status.ramp < FULL_RAMP else {}),
                 }
             )
         return {
@@ -151,7 +151,7 @@ class Handlers:
             status = replace(status, admin=_ACTIONS[str(action)])
         else:
             raise UsageError(f"unknown action {action!r}", "drain, ready, maint or weight")
-        daemon.steer(key, backend, status.admin, status.weight)
+        daemon.override(key, backend, status.admin, status.weight)
         return {
             "service": key.service,
             "backend": key.backend,
@@ -165,8 +165,8 @@ class Handlers:
         daemon, engine = self._daemon, self._daemon.engine
         arrival = _arrival(flow, daemon)
         try:
-            found = engine.plane.explain(frames.build(flow, bytes(6), arrival.mac or bytes(6)), arrival.index)
-            egress = socket.if_indextoname(found.ifindex) if found.ifindex else None
+            trace = engine.plane.explain(frames.build(flow, bytes(6), arrival.mac or bytes(6)), arrival.index)
+            egress = socket.if_indextoname(trace.ifindex) if trace.ifindex else None
         except OSError as error:
             raise XdplbError(f"the packet path cannot be asked on {arrival.name}: {error.strerror}") from error
         known = explanation.Known(
@@ -176,7 +176,7 @@ class Handlers:
             statuses=engine.statuses.by_service,
             tick_s=clock().tick_s,
         )
-        return cast(JSON, explanation.answer(flow, found, known, arrival.name, egress))
+        return cast(JSON, explanation.answer(flow, trace, known, arrival.name, egress))
 
     async def _stop(self, request: Request) -> JSON:
         self._daemon.stop()
@@ -199,9 +199,9 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
     sides = {interface.index: interface for interface in daemon.interfaces}
     for service in daemon.config.services:
         for backend in service.backends if service.forward is Forward.NAT else ():
-            way = daemon.statuses.get(BackendKey(service.name, backend.name)).way
-            if backend.address == flow.source.address and way is not None and way.ifindex in sides:
-                return sides[way.ifindex]
+            next_hop = daemon.statuses.get(BackendKey(service.name, backend.name)).next_hop
+            if backend.address == flow.source.address and next_hop is not None and next_hop.ifindex in sides:
+                return sides[next_hop.ifindex]
     return daemon.interfaces[0]
 
 

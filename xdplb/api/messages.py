@@ -157,7 +157,7 @@ class FrameHeaders(TypedDict):
 class Explanation(FlowWay):
     """What is null does not apply: `new_connection` where a SYN would get the same, `before` and `after` where the
     packet is not changed, `egress` where it is not sent, `verdict` where that is to be seen. `reason` is one of
-    found.Reason.
+    trace.Reason.
     """
 
     source: str

@@ -24,7 +24,7 @@ from xdplb.config import read as configuration
 from xdplb.core import flow_cache, requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import bundle, loader, syscall
@@ -129,7 +129,7 @@ class Pool:
         name = f"n{self._added}"
         added = replace(service.backends[0], name=name, address=ip_address(f"10.1.0.{self._added}"))
         self._configure((*service.backends, added))
-        self._update(name, health=HealthState.UP, way=_healthy(name).way)
+        self._update(name, health=HealthState.UP, next_hop=_healthy(name).next_hop)
 
     def _remove(self, name: str) -> None:
         self._configure(tuple(b for b in self.engine.config.services[0].backends if b.name != name))
@@ -141,7 +141,7 @@ class Pool:
 
 
 def _healthy(name: str) -> BackendStatus:
-    return BackendStatus(health=HealthState.UP, way=Way(1, bytes(6), _mac(name), None, 1500))
+    return BackendStatus(health=HealthState.UP, next_hop=NextHop(1, bytes(6), _mac(name), None, 1500))
 
 
 def _mac(name: str) -> bytes:

@@ -30,7 +30,7 @@ from xdplb.config import read as configuration
 from xdplb.core import requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import bundle, loader, syscall
 from xdplb.dataplane.clock import clock
@@ -137,12 +137,12 @@ def _configuration(mode: str, scheduler: str = "maglev") -> Config:
 
 
 def _fill(plane: Dataplane, key: HashKey, config: Config) -> None:
-    way = Way(1, bytes.fromhex("020000000001"), bytes.fromhex("020000000002"), ip_address("10.0.0.254"), 1500)
+    next_hop = NextHop(1, bytes.fromhex("020000000001"), bytes.fromhex("020000000002"), ip_address("10.0.0.254"), 1500)
     statuses = Statuses()
     engine = Engine(plane, key, config, statuses, Applied(plane.geometry), Retired())
     for service in config.services:
         for backend in service.backends:
-            status = BackendStatus(health=HealthState.UP, way=way)
+            status = BackendStatus(health=HealthState.UP, next_hop=next_hop)
             statuses.set(BackendKey(service.name, backend.name), status)
     engine.apply_all()
 

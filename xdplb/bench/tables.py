@@ -19,14 +19,14 @@ from xdplb.config import read as configuration
 from xdplb.core import maglev, requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader
 from xdplb.model import BackendKey, Config, HealthState
 
 _LARGE = 4096
 _MANY, _EACH = 1000, 50
-WAY = Way(1, bytes.fromhex("020000000001"), bytes.fromhex("020000000002"), ip_address("10.0.0.254"), 1500)
+NEXT_HOP = NextHop(1, bytes.fromhex("020000000001"), bytes.fromhex("020000000002"), ip_address("10.0.0.254"), 1500)
 
 
 def measure(rounds: int, machine: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,9 @@ def _engine(config: Config) -> Iterator[Engine]:
         engine = Engine(plane, key, config, statuses, Applied(geometry), Retired())
         for service in config.services:
             for backend in service.backends:
-                statuses.set(BackendKey(service.name, backend.name), BackendStatus(health=HealthState.UP, way=WAY))
+                statuses.set(
+                    BackendKey(service.name, backend.name), BackendStatus(health=HealthState.UP, next_hop=NEXT_HOP)
+                )
         yield engine
     finally:
         loader.remove_pins(pins.parent)

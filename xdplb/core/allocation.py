@@ -85,10 +85,10 @@ class Slots:
             yield service.first, len(service.table)
             if service.entry is not None:
                 yield service.entry.slots, service.entry.slot_count
-                if service.entry.turn_count:
-                    yield service.entry.turns, room_for(service.entry.turn_count + service.entry.members)
-            if service.turns is not None:
-                yield service.turns.first, room_for(len(service.turns.ids))
+                if service.entry.sequence_length:
+                    yield service.entry.sequence, room_for(service.entry.sequence_length + service.entry.members)
+            if service.sequence is not None:
+                yield service.sequence.first, room_for(len(service.sequence.ids))
 
 
 def room_for(ids: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xdplb.core.status import FULLY_GROWN, BackendStatus, Way, keeps_flows, keeps_flows_when_down
+from xdplb.core.status import FULL_RAMP, BackendStatus, NextHop, keeps_flows, keeps_flows_when_down
 from xdplb.core.weights import serving
 from xdplb.model import Backend, BackendKey, Service
 
@@ -23,14 +23,14 @@ class DesiredBackend:
     weight: int
     up: bool
     keeps: bool
-    way: Way | None
+    next_hop: NextHop | None
     shared: bool
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredService:
-    """Its backends' weights are `scale` times the configured ones: whole numbers also of those that grow, and the
-    configured ones themselves while nobody does.
+    """Its backends' weights are `scale` times the configured ones: whole numbers also in a slow start, and the
+    configured ones themselves while there is none.
     """
 
     config: Service
@@ -45,19 +45,19 @@ class DesiredService:
 def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: frozenset[BackendKey]) -> DesiredService:
     """What the packet path should do for one service."""
     weights = serving(service, statuses)
-    growing = any(statuses[name].grown < FULLY_GROWN for name in weights)
+    ramping = any(statuses[name].ramp < FULL_RAMP for name in weights)
     return DesiredService(
         service,
         tuple(
             DesiredBackend(
                 config=backend,
-                weight=weights.get(backend.name, 0) * (statuses[backend.name].grown if growing else 1),
+                weight=weights.get(backend.name, 0) * (statuses[backend.name].ramp if ramping else 1),
                 up=backend.name in weights or keeps_flows(statuses[backend.name]),
                 keeps=keeps_flows_when_down(service, statuses[backend.name]),
-                way=statuses[backend.name].way,
+                next_hop=statuses[backend.name].next_hop,
                 shared=BackendKey(service.name, backend.name) in shared,
             )
             for backend in service.backends
         ),
-        FULLY_GROWN if growing else 1,
+        FULL_RAMP if ramping else 1,
     )

@@ -39,7 +39,7 @@ class Tunnels:
 
 def service_entry(service: Service, applied: AppliedService) -> ServiceEntry:
     """`applied`: where its slots and its turns are."""
-    cycle = applied.turns if applied.turns and applied.turns.count and takes_turns(service) else None
+    cycle = applied.sequence if applied.sequence and applied.sequence.count and takes_turns(service) else None
     affinity = service.affinity or Affinity()
     return ServiceEntry(
         address=service.listen.address,
@@ -51,8 +51,8 @@ def service_entry(service: Service, applied: AppliedService) -> ServiceEntry:
         forward=ForwardCode[service.forward.name],
         flags=_service_flags(service),
         scheduler=_code(service.scheduler),
-        turns=cycle.first if cycle else 0,
-        turn_count=cycle.count if cycle else 0,
+        sequence=cycle.first if cycle else 0,
+        sequence_length=cycle.count if cycle else 0,
         members=len(cycle.ids) - cycle.count if cycle else 0,
         client_prefix=affinity.prefix6 if service.listen.address.version == 6 else 96 + affinity.prefix4,
         keep_idle_s=affinity.timeout_s if service.affinity else 0.0,
@@ -78,7 +78,7 @@ def _code(scheduler: Scheduler) -> SchedulerCode:
     """rr is wrr, and lc wlc, where all weigh the same; where they do not, nobody wants the weights left out."""
     match scheduler:
         case Scheduler.RR | Scheduler.WRR:
-            return SchedulerCode.TURNS
+            return SchedulerCode.WRR
         case Scheduler.LC | Scheduler.WLC:
             return SchedulerCode.LEAST
         case Scheduler.P2C:
@@ -87,7 +87,7 @@ def _code(scheduler: Scheduler) -> SchedulerCode:
 
 
 def takes_turns(service: Service) -> bool:
-    return _code(service.scheduler) in (SchedulerCode.TURNS, SchedulerCode.LEAST)
+    return _code(service.scheduler) in (SchedulerCode.WRR, SchedulerCode.LEAST)
 
 
 def settles(service: Service) -> bool:
@@ -110,10 +110,10 @@ def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tu
         flags |= BackendFlag.SHARED
     if backend.keeps:
         flags |= BackendFlag.KEEP
-    address, port, way = backend.config.address, backend.config.port or 0, backend.way
-    if way is None:
+    address, port, next_hop = backend.config.address, backend.config.port or 0, backend.next_hop
+    if next_hop is None:
         return BackendEntry(address, service_id, port, flags)
-    source, spread = _source(tunnels, way.source, service.forward, address)
+    source, spread = _source(tunnels, next_hop.source, service.forward, address)
     return BackendEntry(
         address=address,
         service=service_id,
@@ -121,9 +121,9 @@ def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tu
         flags=flags,
         source=source,
         source_spread=spread,
-        ifindex=way.ifindex,
-        macs=way.dest_mac + way.source_mac,
-        mtu=min(way.mtu, 65535),
+        ifindex=next_hop.ifindex,
+        macs=next_hop.dest_mac + next_hop.source_mac,
+        mtu=min(next_hop.mtu, 65535),
         load_weight=backend.weight if backend.up and not service.scheduler.hashes else 0,
     )
 

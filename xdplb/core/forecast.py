@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from xdplb.core import maglev
 from xdplb.core.desired import desire
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Way
+from xdplb.core.status import BackendStatus, NextHop
 from xdplb.model import Address, Backend, BackendKey, Config, FlowMemory, HealthState, Listen, Scheduler, Service
 
 OpenFlows = Callable[[BackendKey], int]
 """How many flows are remembered of a backend, and live."""
 
-_WORKING = BackendStatus(health=HealthState.UP, way=Way(0, b"", b"", None, 0))
+_WORKING = BackendStatus(health=HealthState.UP, next_hop=NextHop(0, b"", b"", None, 0))
 """What a backend is taken for that nobody has checked yet."""
 
 
@@ -49,7 +49,7 @@ def forecast(
     applied: Applied,
     open_flows: OpenFlows,
 ) -> Forecast:
-    """From `old`, which is in force, to `new`. New backends are taken for healthy ones, fully grown."""
+    """From `old`, which is in force, to `new`. New backends are taken for healthy ones, with their full weight."""
     before, after = ({service.name: service for service in config.services} for config in (old, new))
     services = {}
     for name, service in after.items():

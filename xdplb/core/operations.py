@@ -21,7 +21,7 @@ SlotIds = NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class BackendEntry:
-    """One element of the backends' map. Without a way there it is never up."""
+    """One element of the backends' map. Without a next hop it is never up."""
 
     address: Address
     service: int
@@ -54,8 +54,8 @@ class ServiceEntry:
     forward: ForwardCode
     flags: ServiceFlag
     scheduler: SchedulerCode = SchedulerCode.HASH
-    turns: int = 0
-    turn_count: int = 0
+    sequence: int = 0
+    sequence_length: int = 0
     members: int = 0
     client_prefix: int = 128
     """Of the client's address in its IPv6 form."""
@@ -85,8 +85,8 @@ class PutSlots:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PutTurns:
-    """Backends in turn, `count` of them, and behind those all backends once each, at `first` among the slots."""
+class PutSequence:
+    """The wrr sequence, `count` ids, and behind it all backends once each, at `first` among the slots."""
 
     service: str
     first: int
@@ -121,7 +121,7 @@ class ClearBackend:
     id: int
 
 
-Operation = PutBackend | PutSlots | PutTurns | PutService | Publish | ClearService | ClearBackend
+Operation = PutBackend | PutSlots | PutSequence | PutService | Publish | ClearService | ClearBackend
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class AppliedService:
     table: SlotIds
     entry: ServiceEntry | None = None
     settles: bool = True
-    turns: PutTurns | None = None
+    sequence: PutSequence | None = None
 
 
 @dataclass(slots=True)
@@ -157,12 +157,12 @@ class Applied:
             case PutSlots(name, first, table, _):
                 known = self.services.setdefault(name, AppliedService(0, first, table))
                 known.first, known.table, known.settles = first, table, operation.settles
-            case PutTurns(name):
-                self.services[name].turns = operation
+            case PutSequence(name):
+                self.services[name].sequence = operation
             case PutService(name, id_, entry):
                 known = self.services[name]
                 known.id, known.entry = id_, entry
-                known.turns = known.turns if entry.turn_count else None
+                known.sequence = known.sequence if entry.sequence_length else None
             case Publish():
                 self.published = operation
             case ClearService(name):

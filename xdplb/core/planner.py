@@ -23,9 +23,9 @@ from xdplb.core.operations import (
     ClearService,
     Operation,
     PutBackend,
+    PutSequence,
     PutService,
     PutSlots,
-    PutTurns,
 )
 from xdplb.model import BackendKey
 
@@ -85,11 +85,11 @@ class Planner:
                     changed.append(put)
         return sorted(changed, key=lambda put: BackendFlag.UP in put.entry.flags)
 
-    def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutTurns | PutService]:
+    def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutSequence | PutService]:
         name = desired.config.name
         yield from self._slots(desired)
         if takes_turns(desired.config):
-            yield from self._turns(desired)
+            yield from self._sequence(desired)
         entry = service_entry(desired.config, self.applied.services[name])
         if entry != self.applied.services[name].entry:
             yield PutService(name, self._service_ids.of(name), entry)
@@ -111,17 +111,17 @@ class Planner:
         if settling is not known.settles or not np.array_equal(table, known.table):
             yield PutSlots(name, known.first, table, origin, settling, silent_s)
 
-    def _turns(self, desired: DesiredService) -> Iterator[PutTurns]:
-        """Turns take the room that they have while they fit."""
+    def _sequence(self, desired: DesiredService) -> Iterator[PutSequence]:
+        """A sequence stays in the room that it has while it fits."""
         name, members = desired.config.name, self._members(desired)
-        cycle = wrr.cycle(members, wrr.room(maglev.table_size(len(members))) - len(members))
-        ids = np.concatenate([cycle, np.array([m.id for m in members if m.weight], np.uint32)])
-        known = self.applied.services[name].turns
-        if np.array_equal(known.ids if known else [], ids) and (known.count if known else 0) == len(cycle):
+        sequence = wrr.sequence(members, wrr.room(maglev.table_size(len(members))) - len(members))
+        ids = np.concatenate([sequence, np.array([m.id for m in members if m.weight], np.uint32)])
+        known = self.applied.services[name].sequence
+        if np.array_equal(known.ids if known else [], ids) and (known.count if known else 0) == len(sequence):
             return
         fits = known is not None and room_for(len(ids)) <= room_for(len(known.ids))
         first = known.first if known is not None and fits else self._space.take(name, room_for(len(ids)))
-        yield PutTurns(name, first, ids, len(cycle))
+        yield PutSequence(name, first, ids, len(sequence))
 
     def _members(self, desired: DesiredService) -> list[maglev.Member]:
         name, listen = desired.config.name, desired.config.listen

@@ -50,7 +50,7 @@ def _has_prefix(service: Service) -> bool:
 
 
 def _slots(service: Service) -> int:
-    """Of its table, and of its turns at their longest."""
+    """Of its table, and of its wrr sequence at its longest."""
     size = maglev.table_size(len(service.backends))
     return size if service.scheduler.hashes else size + wrr.room(size)
 

@@ -1,7 +1,7 @@
-"""Slow start: which backends grow into their weights, and since when. Pure: the caller brings the time.
+"""Slow start: which backends ramp up to their weights, and since when. Pure: the caller brings the time.
 
-Whoever comes back to work grows: after a failure, after drain or maint, and when it joins a service that is there
-already. The backends that a service starts with do not, nor do those whose health an earlier daemon had noted.
+A backend ramps up after a failure, after drain or maint, and when it joins a service that is there already. The
+backends that a service starts with do not, nor do those whose health an earlier daemon had noted.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from xdplb.core.status import FULLY_GROWN, BackendStatus, takes_new_flows
+from xdplb.core.status import FULL_RAMP, BackendStatus, takes_new_flows
 from xdplb.model import BackendKey, Config, HealthState
 
 Members = dict[str, dict[str, str | None]]
 """Labels of backends by name, by service; None where only the name is known."""
 
 
-def grown(elapsed_s: float, slow_start_s: float) -> int:
-    """How much of its weight a backend has so long after it began to grow: from 1 twentieth to all of them, linearly,
-    in steps of a second or longer.
+def ramp_after(elapsed_s: float, slow_start_s: float) -> int:
+    """How much of its weight a backend has so long after its slow start began: from 1 twentieth to all of them,
+    linearly, in steps of a second or longer.
     """
     if elapsed_s >= slow_start_s:
-        return FULLY_GROWN
-    steps = max(1, min(FULLY_GROWN - 1, int(slow_start_s)))
-    return 1 + (FULLY_GROWN - 1) * int(max(elapsed_s, 0.0) * steps / slow_start_s) // steps
+        return FULL_RAMP
+    steps = max(1, min(FULL_RAMP - 1, int(slow_start_s)))
+    return 1 + (FULL_RAMP - 1) * int(max(elapsed_s, 0.0) * steps / slow_start_s) // steps
 
 
-class Growth:
-    """Begins with the change that brings a backend back, ends when it is full, or goes away again."""
+class SlowStart:
+    """Begins with the change that brings a backend back, and ends when its ramp is full or it goes away again."""
 
     def __init__(self) -> None:
         self._slow_start_s: dict[str, float] = {}
@@ -36,7 +36,7 @@ class Growth:
         self._since: dict[BackendKey, float] = {}
 
     @property
-    def growing(self) -> list[BackendKey]:
+    def ramping(self) -> list[BackendKey]:
         return list(self._since)
 
     def follow(self, config: Config, left: Mapping[str, Collection[str]] | None = None) -> set[BackendKey]:
@@ -59,16 +59,16 @@ class Growth:
         """`after` with what the backend has of its weight at the time `now`, in seconds."""
         if not takes_new_flows(after):
             self._since.pop(key, None)
-            return replace(after, grown=FULLY_GROWN)
+            return replace(after, ramp=FULL_RAMP)
         if not takes_new_flows(before) and (before.health is not HealthState.UNKNOWN or key in self._joining):
             self._since[key] = now
         self._joining.discard(key)
-        return replace(after, grown=self._grown(key, now))
+        return replace(after, ramp=self._ramp(key, now))
 
-    def _grown(self, key: BackendKey, now: float) -> int:
+    def _ramp(self, key: BackendKey, now: float) -> int:
         if key not in self._since:
-            return FULLY_GROWN
-        has = grown(now - self._since[key], self._slow_start_s[key.service])
-        if has == FULLY_GROWN:
+            return FULL_RAMP
+        has = ramp_after(now - self._since[key], self._slow_start_s[key.service])
+        if has == FULL_RAMP:
             del self._since[key]
         return has

@@ -12,8 +12,8 @@ from xdplb.model import Address, Admin, BackendKey, Config, HealthState, OnDown,
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How frames get to a backend: what the next hop's resolution came to."""
+class NextHop:
+    """Where frames to a backend go: what the resolution of its next hop came to."""
 
     ifindex: int
     source_mac: bytes
@@ -22,21 +22,21 @@ class Way:
     mtu: int
 
 
-FULLY_GROWN = 20
-"""A backend in slow start has so many twentieths of its weight."""
+FULL_RAMP = 20
+"""In twentieths of a backend's weight: slow start is over."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
-    holds; `grown` are the twentieths that it has of either.
+    holds; `ramp` is how many twentieths it has of either.
     """
 
     health: HealthState = HealthState.UNKNOWN
     admin: Admin = Admin.ACTIVE
     weight: int | None = None
-    way: Way | None = None
-    grown: int = FULLY_GROWN
+    next_hop: NextHop | None = None
+    ramp: int = FULL_RAMP
 
 
 @dataclass(slots=True)
@@ -67,8 +67,8 @@ class Statuses:
 
 
 def takes_new_flows(status: BackendStatus) -> bool:
-    """Whether health and operator let it. One that comes to that again begins its slow start; an interruption of the
-    way there is none.
+    """Whether health and operator let it. One that comes to that again begins its slow start. One whose next hop was
+    lost for a while does not.
     """
     return status.health is HealthState.UP and status.admin is Admin.ACTIVE
 
@@ -86,4 +86,4 @@ def keeps_flows_when_down(service: Service, status: BackendStatus) -> bool:
 
 
 def _may_serve(status: BackendStatus) -> bool:
-    return status.admin is not Admin.MAINT and status.way is not None
+    return status.admin is not Admin.MAINT and status.next_hop is not None

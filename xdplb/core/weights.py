@@ -30,7 +30,7 @@ def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str
             if backend.backup is backup
             and (status := statuses[backend.name]).health in states
             and status.admin is Admin.ACTIVE
-            and status.way is not None
+            and status.next_hop is not None
             and (weight := configured_weight(backend, status)) > 0
         }
 

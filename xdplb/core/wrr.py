@@ -1,7 +1,7 @@
-"""In what order backends take turns at new flows (rr, wrr, and ties of lc and wlc). Pure.
+"""The wrr sequence: the order in which backends get new flows (rr, wrr, and ties of lc and wlc). Pure.
 
-A cycle names each backend as often as it weighs, its turns evenly spread over the cycle: no bursts. The order goes by
-the identities, so that every node with the same configuration has the same one.
+It names each backend as often as it weighs, evenly spread, without bursts. The order goes by the identities, so that
+every node with the same configuration has the same one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _GOLDEN = 0.6180339887498949
 
 
 def room(table_size: int) -> int:
-    """How many slots the turns of a service take at most, its backends behind them included; a power of two."""
+    """How many slots the sequence of a service takes at most, its backends behind it included; a power of two."""
     return max(table_size // 4, min(table_size, 1024))
 
 
-def cycle(members: Iterable[Member], longest: int) -> Ids:
-    """Ids in turn; those of weight 0 have none. Exact where that takes at most `longest` turns, else each is less than
-    one turn of `longest` off its share.
+def sequence(members: Iterable[Member], longest: int) -> Ids:
+    """Ids in order; none of weight 0. Exact where that takes at most `longest` turns, else each is less than one turn
+    of `longest` off its share.
 
     The k-th of q turns has the deadline (k + phase) / q. Phases are a golden ratio apart, so that the turns of backends
     of one weight do not meet.

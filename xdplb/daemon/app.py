@@ -28,7 +28,7 @@ from xdplb.daemon.generations import Generations
 from xdplb.daemon.host import Host
 from xdplb.daemon.lock import locked
 from xdplb.daemon.logs import log_to_stderr
-from xdplb.daemon.overrides import Steering
+from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.reload import Reloader
 from xdplb.dataplane import manifest
 from xdplb.dataplane.manifest import Manifest
@@ -106,7 +106,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         if event.deleted and event.interface.index in {interface.index for interface in interfaces}:
             raise NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
 
-    overrides = Steering(state_directory() / f"{instance.name}.steering.json")
+    overrides = Overrides(state_directory() / f"{instance.name}.steering.json")
     monitor = BackendMonitor(links, overrides, lambda key: failover.on_change(key), on_link)
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
     reloader = Reloader(
@@ -159,7 +159,7 @@ class Daemon:
         options: DaemonOptions,
         interfaces: Sequence[Interface],
         left: Manifest | None,
-        overrides: Steering,
+        overrides: Overrides,
         monitor: BackendMonitor,
         reloader: Reloader,
         failover: Failover,
@@ -241,10 +241,10 @@ class Daemon:
     def statuses(self) -> Statuses:
         return self._monitor.statuses
 
-    def steer(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
+    def override(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
         """An operator's change, remembered and done when it returns. `weight` is None where the file's holds."""
         self._overrides.set(key, backend, admin, weight)
-        self._monitor.steer(key, admin, weight)
+        self._monitor.override(key, admin, weight)
         self._failover.repair()
 
     async def read_file(self) -> Config:

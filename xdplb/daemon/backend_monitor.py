@@ -1,4 +1,4 @@
-"""What is known of each backend: its health by checks, the way there by netlink, what operators set by hand.
+"""What is known of each backend: its health by checks, its next hop by netlink, what operators set by hand.
 
 Calls back whenever a backend's status changes. Lives on the event loop's thread.
 """
@@ -16,20 +16,20 @@ from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target, Targets, targets
 from xdplb.core import health
 from xdplb.core.health import CheckResult, Health
-from xdplb.core.slow_start import Growth
+from xdplb.core.slow_start import SlowStart
 from xdplb.core.status import BackendStatus, Statuses
-from xdplb.daemon.overrides import Steering
+from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Address, Admin, BackendKey, Config, HealthState
 from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
-from xdplb.net.next_hops import LinkEvent, NextHop, NextHopState, way_of
+from xdplb.net.next_hops import LinkEvent, NextHopState, Resolution, way_of
 
 log = logging.getLogger(__name__)
 
 FIRST_VERDICTS_S = 5.0
 """How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
 
-GROWTH_EVERY_S = 1.0
+RAMP_EVERY_S = 1.0
 
 
 class BackendMonitor:
@@ -41,7 +41,7 @@ class BackendMonitor:
     def __init__(
         self,
         kernel: Kernel,
-        steering: Steering,
+        overrides: Overrides,
         on_change: Callable[[BackendKey], None],
         on_link: Callable[[LinkEvent], None],
         *,
@@ -49,7 +49,7 @@ class BackendMonitor:
     ) -> None:
         self.health: dict[BackendKey, Health] = {}
         self.statuses = Statuses()
-        self._steering = steering
+        self._overrides = overrides
         self._on_change = on_change
         self._prober = Prober(self._on_result, self._next_interval, perform=perform, max_in_flight=4096)
         self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
@@ -57,38 +57,38 @@ class BackendMonitor:
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._lost: set[Address] = set()
         self._news = asyncio.Event()
-        self._growth = Growth()
+        self._slow_start = SlowStart()
 
     async def run(self) -> None:
         """Checks and follows until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watcher.run())
             tasks.create_task(self._prober.run())
-            tasks.create_task(self._grow())
+            tasks.create_task(self._ramp_up())
 
     def follow(self, config: Config, left: Manifest | None = None) -> None:
         """Exactly the backends of `config` from now on. `left`: what an earlier daemon knew of their health."""
         self.statuses.follow(config)
         self._watch(targets(config))
         members = None if left is None else {name: service.backends for name, service in left.services.items()}
-        joining = self._growth.follow(config, members)
+        joining = self._slow_start.follow(config, members)
         for key in self.health.keys() - self._targets.keys():
             del self.health[key]
-        steers = self._steering.held(config)
+        overrides = self._overrides.held(config)
         for key, target in self._targets.items():
             known = self.health[key]
             if left is not None and str(key) in left.health and known.state is HealthState.UNKNOWN:
                 state, reason, since = left.health[str(key)]
                 known = self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
             way = way_of(self._watcher.records.get(target.address))
-            steer = steers.get(key)
-            admin, weight = (steer.admin, steer.weight) if steer else (Admin.ACTIVE, None)
+            override = overrides.get(key)
+            admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
             before = BackendStatus() if key in joining else self.statuses.get(key)
             status = BackendStatus(known.state, admin, weight, way)
-            self.statuses.set(key, self._growth.step(key, before, status, time.monotonic()))
+            self.statuses.set(key, self._slow_start.step(key, before, status, time.monotonic()))
 
-    def steer(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
-        """An operator's word; `weight` is None where the file's holds."""
+    def override(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
+        """By an operator; `weight` is None where the file's holds."""
         self._change(key, lambda status: replace(status, admin=admin, weight=weight))
 
     async def look_ahead(self, config: Config) -> dict[BackendKey, Health]:
@@ -108,7 +108,7 @@ class BackendMonitor:
         self.follow(config)
 
     async def first_verdicts(self, config: Config) -> None:
-        """Until each backend's health and way are known, or for so long that somebody must be dead."""
+        """Until each backend's health and next hop are known, for FIRST_VERDICTS_S at most."""
         wanted = targets(config)
         try:
             async with asyncio.timeout(FIRST_VERDICTS_S):
@@ -148,13 +148,13 @@ class BackendMonitor:
     def _next_interval(self, key: BackendKey) -> float:
         return health.next_interval_s(self.health[key], self._targets[key].check)
 
-    def _on_next_hop(self, record: NextHop) -> None:
+    def _on_next_hop(self, record: Resolution) -> None:
         self._news.set()
         if record.state is NextHopState.LOCAL:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
         way = way_of(record)
         for key in self._by_address.get(record.address, ()):
-            self._change(key, lambda status: replace(status, way=way))
+            self._change(key, lambda status: replace(status, next_hop=way))
         if way is not None and record.address in self._lost:
             self._lost.discard(record.address)
             self._prober.burst(record.address)
@@ -164,17 +164,17 @@ class BackendMonitor:
         self._lost.add(address)
         self._prober.burst(address)
 
-    async def _grow(self) -> None:
+    async def _ramp_up(self) -> None:
         while True:
-            await asyncio.sleep(GROWTH_EVERY_S)
-            for key in self._growth.growing:
+            await asyncio.sleep(RAMP_EVERY_S)
+            for key in self._slow_start.ramping:
                 self._change(key, lambda status: status)
 
     def _change(self, key: BackendKey, change: Callable[[BackendStatus], BackendStatus]) -> None:
         known = self.statuses.by_service.get(key.service, {}).get(key.backend)
         if known is None:
             return  # looked ahead at: not configured yet
-        status = self._growth.step(key, known, change(known), time.monotonic())
+        status = self._slow_start.step(key, known, change(known), time.monotonic())
         if status != known:
             self.statuses.set(key, status)
             self._on_change(key)

@@ -15,8 +15,8 @@ from xdplb.core.operations import Applied
 from xdplb.core.status import Statuses
 from xdplb.daemon import record
 from xdplb.daemon.engine import Engine, Retired
-from xdplb.daemon.handover import Counted, Inheritance
-from xdplb.daemon.larger_maps import FLOW_MAPS, LEASE_MAPS, SHARED_MAPS, moved
+from xdplb.daemon.handover import Counted, Handover
+from xdplb.daemon.larger_maps import FLOW_MAPS, SHARED_MAPS, SNAT_MAPS, moved
 from xdplb.dataplane import bundle, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane, ensure_bpffs, open_dataplane, remove_pins
@@ -54,7 +54,7 @@ class Generations:
             return Engine(plane, self._key, config, statuses, record.applied(plane, notes), record.retired(notes))
         self._left_behind = Counted.of(notes) if notes is not None else None
         geometry = requirements.geometry(config)
-        left = Inheritance.of(notes, self._key) if notes is not None else None
+        left = Handover.of(notes, self._key) if notes is not None else None
         if left is None or notes is None:
             plane = await self._open_new(self.features(config), geometry)
             return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
@@ -118,7 +118,7 @@ class Generations:
         remove_pins(pins)
         ensure_bpffs(pins)
         same_sources = engine.config.sources(4) + engine.config.sources(6) == config.sources(4) + config.sources(6)
-        left_out = {*(() if geometry.flow_sets == old.flow_sets else FLOW_MAPS), *(() if same_sources else LEASE_MAPS)}
+        left_out = {*(() if geometry.flow_sets == old.flow_sets else FLOW_MAPS), *(() if same_sources else SNAT_MAPS)}
         for name in SHARED_MAPS:
             if name not in left_out:
                 syscall.pin(engine.plane.fd(name), pins / name)

@@ -30,12 +30,14 @@ from xdplb.model import BackendKey
 log = logging.getLogger(__name__)
 
 _COPIED = ("slots", "transitions")
-_SHARED = ("flow_sets", "loads", "nat_flows", "lease_sets", "lessees")
-_NAT_FLOW_KEY, _LESSEE = 40, 24
+_SHARED = ("flow_sets", "loads", "nat_flows", "snat_sets", "snat_tuples")
+FORMER_NAMES = {"snat_sets": "lease_sets", "snat_tuples": "lessees"}
+"""Under which earlier versions pinned the same maps."""
+_NAT_FLOW_KEY, _SNAT_TUPLE = 40, 24
 
 
 @dataclass(frozen=True, slots=True)
-class Inheritance:
+class Handover:
     """The maps that an earlier daemon left, by name, as descriptors, and how many ids and slots they need."""
 
     maps: dict[str, int]
@@ -44,12 +46,12 @@ class Inheritance:
     services: int
 
     @classmethod
-    def of(cls, notes: Manifest, key: HashKey) -> Inheritance | None:
+    def of(cls, notes: Manifest, key: HashKey) -> Handover | None:
         """None where they mean nothing to this version, or to this hash key."""
         if notes.layout != STATE_LAYOUT or notes.key != key.name:
             return None
         try:
-            maps = {name: syscall.get(Path(notes.pins) / name) for name in (*_COPIED, *_SHARED)}
+            maps = {name: _pinned(Path(notes.pins), name) for name in (*_COPIED, *_SHARED)}
         except OSError as error:
             log.warning("%s: flows cannot be taken over: %s", notes.pins, error.strerror)
             return None
@@ -77,8 +79,8 @@ class Inheritance:
             "flow_sets": MapShape(4, 8 * WAYS, geometry.flow_sets),
             "loads": MapShape(4, 8, MAX_BACKEND_IDS),
             "nat_flows": MapShape(_NAT_FLOW_KEY, 4, geometry.nat_flows),
-            "lease_sets": MapShape(4, 8 * WAYS, geometry.lease_sets),
-            "lessees": MapShape(4, _LESSEE, WAYS * geometry.lease_sets),
+            "snat_sets": MapShape(4, 8 * WAYS, geometry.snat_sets),
+            "snat_tuples": MapShape(4, _SNAT_TUPLE, WAYS * geometry.snat_sets),
         }
         same = {name for name, shape in wanted.items() if shape == self.shapes[name]}
         return same if {"flow_sets", "loads"} <= same else same - {"flow_sets", "loads"}
@@ -151,3 +153,9 @@ def _set_counters(notes: Manifest, counted: Mapping[str, Counters], engine: Engi
                 plane.set_counters("backend_counters", applied.backends[key][0], values)
             else:
                 engine.retired.add(name, values)
+
+
+def _pinned(pins: Path, name: str) -> int:
+    """A descriptor of the map, which an earlier version may have pinned under its former name. OSError if neither."""
+    former = FORMER_NAMES.get(name, name)
+    return syscall.get(pins / (former if (pins / former).exists() else name))

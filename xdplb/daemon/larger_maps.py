@@ -8,7 +8,7 @@ from xdplb.daemon.engine import Engine
 from xdplb.dataplane.loader import Dataplane
 
 FLOW_MAPS = ("flow_sets", "loads")
-LEASE_MAPS = ("lease_sets", "lessees")
+SNAT_MAPS = ("snat_sets", "snat_tuples")
 """Of full NAT: of use to a generation with the same source addresses."""
 SHARED_MAPS = (
     "nat_flows",
@@ -17,8 +17,8 @@ SHARED_MAPS = (
     "flow_budgets",
     "flow_counters",
     "loads",
-    "turns_taken",
-    *LEASE_MAPS,
+    "wrr_positions",
+    *SNAT_MAPS,
     "drop_counters",
     "verdict_counters",
 )

@@ -12,7 +12,7 @@ from xdplb.paths import make_directory
 
 
 @dataclass(frozen=True, slots=True)
-class Steer:
+class Override:
     """`weight` is None where the file's holds. `written` is the backend as the file had it then."""
 
     admin: Admin
@@ -24,32 +24,32 @@ def fingerprint(backend: Backend) -> str:
     return f"{backend.address} {backend.port} {backend.weight} {backend.backup}"
 
 
-class Steering:
-    """The steers of one instance, kept in `path`."""
+class Overrides:
+    """The overrides of one instance, kept in `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._steers: dict[BackendKey, Steer] = {}
+        self._overrides: dict[BackendKey, Override] = {}
         self._read()
 
     def set(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
         """Remembers it, on disk before it returns. The file's own values need no memory."""
         if admin is Admin.ACTIVE and weight is None:
-            self._steers.pop(key, None)
+            self._overrides.pop(key, None)
         else:
-            self._steers[key] = Steer(admin, weight, fingerprint(backend))
+            self._overrides[key] = Override(admin, weight, fingerprint(backend))
         self._write()
 
-    def held(self, config: Config) -> dict[BackendKey, Steer]:
-        """The steers that hold under `config`: not those of backends that the file changed since."""
+    def held(self, config: Config) -> dict[BackendKey, Override]:
+        """The overrides that hold under `config`: not those of backends that the file changed since."""
         backends = {BackendKey(s.name, b.name): b for s in config.services for b in s.backends}
-        return {k: s for k, s in self._steers.items() if k in backends and fingerprint(backends[k]) == s.written}
+        return {k: s for k, s in self._overrides.items() if k in backends and fingerprint(backends[k]) == s.written}
 
     def forget_others(self, config: Config) -> None:
         """Forgets those that do not hold under `config`, which is in force now."""
         held = self.held(config)
-        if held != self._steers:
-            self._steers = held
+        if held != self._overrides:
+            self._overrides = held
             self._write()
 
     def _read(self) -> None:
@@ -58,7 +58,7 @@ class Steering:
             for name, (admin, weight, written) in data.items():
                 if not isinstance(weight, int | None):
                     raise ValueError(f"{weight!r} is no weight")
-                self._steers[BackendKey(*name.split("/", 1))] = Steer(Admin(admin), weight, written)
+                self._overrides[BackendKey(*name.split("/", 1))] = Override(Admin(admin), weight, written)
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -70,6 +70,8 @@ class Steering:
     def _write(self) -> None:
         make_directory(self._path.parent)
         fresh = self._path.with_suffix(".new")
-        steers = {str(key): [steer.admin, steer.weight, steer.written] for key, steer in self._steers.items()}
-        fresh.write_text(json.dumps(steers), encoding="utf-8")
+        overrides = {
+            str(key): [override.admin, override.weight, override.written] for key, override in self._overrides.items()
+        }
+        fresh.write_text(json.dumps(overrides), encoding="utf-8")
         fresh.replace(self._path)

@@ -15,7 +15,7 @@ from xdplb.core.status import Statuses
 from xdplb.daemon import larger_maps, record
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
-from xdplb.daemon.overrides import Steering
+from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable, XdplbError
 from xdplb.model import AttachMode, Config
@@ -57,7 +57,7 @@ class Reloader:
         self,
         config: Config,
         monitor: BackendMonitor,
-        overrides: Steering,
+        overrides: Overrides,
         host: Host,
         generations: Generations,
         notes: Manifest,

@@ -24,7 +24,7 @@ from xdplb.core import flow_cache
 from xdplb.core.hash_key import HashKey
 from xdplb.dataplane import bundle, syscall
 from xdplb.dataplane.codec import Codec
-from xdplb.dataplane.trace import Found
+from xdplb.dataplane.trace import Trace
 from xdplb.errors import CompileError, NotCapable, NotPrivileged
 
 MAIN = "xdplb"
@@ -68,10 +68,10 @@ class Dataplane:
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flow_cache.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")
-        self.leases: NDArray[np.uint64] = np.frombuffer(self._memory("lease_sets"), np.uint64)
+        self.snat_words: NDArray[np.uint64] = np.frombuffer(self._memory("snat_sets"), np.uint64)
         self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
-        self._explanations = self._structs("explanations")
+        self._traces = self._structs("traces")
 
     @property
     def program_fd(self) -> int:
@@ -93,7 +93,7 @@ class Dataplane:
 
     def sweep(self) -> None:
         """Has the program that ages the flow cache go through it once."""
-        syscall.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.lease_sets)
+        syscall.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.snat_sets)
 
     def fd(self, map_name: str) -> int:
         return int(self._bpf[map_name.encode()].map_fd)
@@ -113,10 +113,10 @@ class Dataplane:
     def set_counters(self, map_name: str, index: int, values: NDArray[np.uint64]) -> None:
         syscall.write_per_cpu(self.fd(map_name), index, values)
 
-    def explain(self, frame: bytes, ifindex: int) -> Found:
+    def explain(self, frame: bytes, ifindex: int) -> Trace:
         """What would become of the frame if it arrived on that interface, and why; nothing is changed by asking."""
         run = syscall.test_run(self.programs[EXPLAIN], frame, ingress_ifindex=ifindex)
-        return Found.read(self._explanations[0], run.verdict, frame, run.packet)
+        return Trace.read(self._traces[0], run.verdict, frame, run.packet)
 
     def unpin(self) -> None:
         """Removes this generation's pins; the maps live on while programs use them."""

@@ -1,4 +1,4 @@
-"""What the loaded program found out about a packet made up for a question, and the reason that follows. Pure."""
+"""The trace of a packet that is made for a question, by the loaded program, and the reason that follows. Pure."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Reason(enum.StrEnum):
     NO_SERVICE = "no_service"
     OTHER_PORT = "other_port"
     REPLY = "reply"
-    LEASED = "leased"
-    """It has an address and port of ours, with which its backend knows it."""
+    MAPPED = "leased"
+    """It has a SNAT mapping, and its backend knows it by that. The JSON keeps the older word."""
     SETTLED = "settled"
     REMEMBERED = "remembered"
     TO_CHOOSE = "to_choose"
@@ -40,18 +40,18 @@ class Reason(enum.StrEnum):
 
 
 _OTHERS = {
-    Subject.NOBODYS: Reason.NO_SERVICE,
+    Subject.NO_SERVICE: Reason.NO_SERVICE,
     Subject.OTHER_PORT: Reason.OTHER_PORT,
     Subject.REPLY: Reason.REPLY,
     Subject.TO_CHOOSE: Reason.TO_CHOOSE,
     Subject.ORPHAN: Reason.ORPHAN,
-    Subject.LEASED: Reason.LEASED,
+    Subject.MAPPED: Reason.MAPPED,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """`struct explanation` of bpf/abi.h, and what became of the frame. Ids are 0 where there is none."""
+class Trace:
+    """`struct trace` of bpf/abi.h, and what became of the frame. Ids are 0 where there is none."""
 
     subject: Subject
     service: int
@@ -74,7 +74,7 @@ class Found:
     after: bytes
 
     @classmethod
-    def read(cls, record: np.void, verdict: int, before: bytes, after: bytes) -> Found:
+    def read(cls, record: np.void, verdict: int, before: bytes, after: bytes) -> Trace:
         """`before` and `after` are the frame."""
         word, transition, tick = int(record["slot_word"]), record["transition"], int(record["tick"])
         return cls(

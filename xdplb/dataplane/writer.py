@@ -18,9 +18,9 @@ from xdplb.core.operations import (
     Operation,
     Publish,
     PutBackend,
+    PutSequence,
     PutService,
     PutSlots,
-    PutTurns,
     ServiceEntry,
 )
 from xdplb.dataplane.clock import Clock
@@ -49,7 +49,7 @@ class MapWriter:
                 plane.backends.write(id_, plane.backends.codec.encode(_backend_fields(entry)))
             case PutSlots():
                 self._put_slots(operation)
-            case PutTurns(_, first, ids):
+            case PutSequence(_, first, ids):
                 plane.slots[first : first + len(ids)] = ids
             case PutService(_, id_, entry):
                 plane.services.write(id_, plane.services.codec.encode(self._service_fields(entry)))
@@ -88,8 +88,8 @@ class MapWriter:
         plane.loads["weight"][backend] = 0
         plane.backends.write(backend, bytes(plane.backends.codec.size))
         plane.direct_seen[backend] = 0
-        leases = plane.leases
-        leases[(leases != 0) & (flow_cache.backends(leases) == backend)] = 0
+        snat_words = plane.snat_words
+        snat_words[(snat_words != 0) & (flow_cache.backends(snat_words) == backend)] = 0
         for index in np.flatnonzero(flow_cache.backends(words) == backend):
             words[index] = flow_cache.orphaned(words[index]) if tells else 0
         previous = plane.transitions["previous"]
@@ -117,8 +117,8 @@ class MapWriter:
             "address": address_words(entry.address),
             "slots": entry.slots,
             "slot_mask": entry.slot_count - 1,
-            "turns": entry.turns,
-            "turn_count": entry.turn_count,
+            "sequence": entry.sequence,
+            "sequence_length": entry.sequence_length,
             "client_mask": address_words(mask),
             "ports_mask": 0xFFFFFFFF if entry.hash_ports else 0,
             "port": network_order(entry.port),

@@ -23,11 +23,11 @@ from xdplb.net.next_hops import (
     Neighbour,
     NeighbourEvent,
     NeighbourKey,
-    NextHop,
     Nud,
+    Resolution,
     Route,
     RouteEvent,
-    next_hop,
+    resolve,
     trouble,
     within,
 )
@@ -55,7 +55,7 @@ class NextHopWatcher:
     """Calls back, from within `run()`, on what changes:
 
     - `on_change(record)`: the record of an address is new, or not what it was;
-    - `on_trouble(address, reason)`: right after the `on_change` that took the address's way from it;
+    - `on_trouble(address, reason)`: right after the `on_change` that took the address's next hop from it;
     - `on_link(event)`: an interface appeared (all of them at the start), changed or went.
 
     An exception out of a callback ends `run()`.
@@ -64,7 +64,7 @@ class NextHopWatcher:
     def __init__(
         self,
         kernel: Kernel,
-        on_change: Callable[[NextHop], None],
+        on_change: Callable[[Resolution], None],
         on_trouble: Callable[[Address, str], None] = lambda address, reason: None,
         on_link: Callable[[LinkEvent], None] = lambda event: None,
     ) -> None:
@@ -78,14 +78,14 @@ class NextHopWatcher:
         self._neighbours: dict[NeighbourKey, Neighbour] = {}
         self._routes: dict[Address, Route | None] = {}
         self._users: dict[NeighbourKey, set[Address]] = {}
-        self._records: dict[Address, NextHop] = {}
+        self._records: dict[Address, Resolution] = {}
         self._unused: set[NeighbourKey] = set()
         self._unresolved: set[Address] = set()
         self._work = asyncio.Event()
         self._complaint = ""
 
     @property
-    def records(self) -> Mapping[Address, NextHop]:
+    def records(self) -> Mapping[Address, Resolution]:
         """The last record of each address; none yet for those not looked up so far."""
         return MappingProxyType(self._records)
 
@@ -170,7 +170,7 @@ class NextHopWatcher:
         interface = self._interfaces.get(route.ifindex) if route else None
         neighbour = self._neighbours.get(route.neighbour_of(address)) if route else None
         previous = self._records.get(address)
-        current = next_hop(address, route, interface, neighbour, previous)
+        current = resolve(address, route, interface, neighbour, previous)
         if current == previous:
             return
         self._records[address] = current

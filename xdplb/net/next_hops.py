@@ -1,6 +1,6 @@
 """What the kernel says about reaching an address, as values; no sockets, no clocks.
 
-`next_hop` folds the kernel's answers (route, interface, neighbour) into the record the data plane needs: out of which
+`resolve` folds the kernel's answers (route, interface, neighbour) into the record the data plane needs: out of which
 interface, from which MAC, to which MAC. `trouble` says whether a change of that record is bad news.
 """
 
@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xdplb.core.status import Way
+from xdplb.core.status import NextHop
 from xdplb.model import Address, Network
 
 
@@ -96,7 +96,7 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
-class NextHop:
+class Resolution:
     """How to reach `address`: leave by `ifindex` with `source_mac`, towards `via` at `dest_mac`.
 
     `dest_mac` is the last MAC known of this neighbour, None only where there never was one: `state` says whether it
@@ -150,27 +150,27 @@ def within(addresses: Sequence[Address], network: Network) -> Sequence[Address]:
     ]
 
 
-def next_hop(
+def resolve(
     address: Address,
     route: Route | None,
     interface: Interface | None,
     neighbour: Neighbour | None,
-    previous: NextHop | None = None,
-) -> NextHop:
+    previous: Resolution | None = None,
+) -> Resolution:
     """The record of `address`.
 
     `previous` is its last record: a neighbour that stops answering keeps its last MAC, so that a flushed table costs no
     packet, and one that failed stays failed while the kernel tries again.
     """
     if route is None or interface is None:
-        return NextHop(address, 0, "", NO_MAC, None, None, 0, NextHopState.NO_ROUTE, address)
+        return Resolution(address, 0, "", NO_MAC, None, None, 0, NextHopState.NO_ROUTE, address)
     via = route.neighbour_of(address).address
     same_way = previous is not None and (previous.ifindex, previous.via) == (interface.index, via)
     mac = neighbour.mac if neighbour is not None and neighbour.state & HAS_MAC else None
     if mac is None and previous is not None and same_way:
         mac = previous.dest_mac
     failed_before = previous is not None and same_way and previous.state is NextHopState.FAILED
-    return NextHop(
+    return Resolution(
         address=address,
         ifindex=interface.index,
         ifname=interface.name,
@@ -200,7 +200,7 @@ def _state(route: Route, interface: Interface, neighbour: Neighbour | None, fail
 _ALIVE = (NextHopState.REACHABLE, NextHopState.RESOLVING)
 
 
-def trouble(previous: NextHop | None, current: NextHop) -> str | None:
+def trouble(previous: Resolution | None, current: Resolution) -> str | None:
     """Why the backend behind `current` may just have become unreachable; None where this change is no bad news."""
     if previous is None or previous.state not in _ALIVE or current.state in _ALIVE:
         return None
@@ -215,10 +215,10 @@ def trouble(previous: NextHop | None, current: NextHop) -> str | None:
             return f"{current.address} has become an address of this host"
 
 
-def way_of(record: NextHop | None) -> Way | None:
-    """The way there, where frames can be sent: a neighbour that failed takes none."""
+def way_of(record: Resolution | None) -> NextHop | None:
+    """None where no frames can be sent: a neighbour that failed takes none."""
     if record is None or record.dest_mac is None:
         return None
     if record.state not in (NextHopState.REACHABLE, NextHopState.RESOLVING):
         return None
-    return Way(record.ifindex, record.source_mac, record.dest_mac, record.source_address, record.mtu)
+    return NextHop(record.ifindex, record.source_mac, record.dest_mac, record.source_address, record.mtu)

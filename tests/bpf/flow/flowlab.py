@@ -23,7 +23,7 @@ from xdplb import abi
 from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, Features, FlowTimes, Geometry
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
@@ -103,7 +103,7 @@ def _mac(name: str) -> bytes:
 
 
 def healthy(name: str) -> BackendStatus:
-    return BackendStatus(health=HealthState.UP, way=Way(1, _CLIENT_MAC, _mac(name), None, 1500))
+    return BackendStatus(health=HealthState.UP, next_hop=NextHop(1, _CLIENT_MAC, _mac(name), None, 1500))
 
 
 class Lab:
@@ -154,7 +154,7 @@ class Lab:
         return {BackendKey(s.name, b.name) for s in self.engine.config.services for b in s.backends}
 
     def change(self, backend: str, service: str = "web", **status: Any) -> None:
-        """Gives a backend another health, administrative state, weight or way. What fails is withdrawn first."""
+        """Gives a backend another health, administrative state, weight or next hop. What fails is withdrawn first."""
         key = BackendKey(service, backend)
         self.note(key, **status)
         if status.get("health") is HealthState.DOWN:

@@ -1,4 +1,4 @@
-"""Schedulers that choose, choice by choice, beside what they are defined by: turns, the least busy one, two drawn."""
+"""Schedulers that choose, choice by choice, beside their definitions: wrr sequence, least busy, two drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xdplb.core import wrr
 from xdplb.core.maglev import Member
 from xdplb.model import Scheduler
 
-TURNS = [Scheduler.RR, Scheduler.WRR]
+SEQUENCED = [Scheduler.RR, Scheduler.WRR]
 LEAST = [Scheduler.LC, Scheduler.WLC]
 ALLOWED = {6: 2, 61: 15}
 """By how many flows somebody may be off its share, by number of backends. A flow, but where weights are very uneven: no
@@ -29,11 +29,11 @@ _WORD = (1 << 64) - 1
 
 
 @pytest.mark.usefixtures("one_cpu")
-class TestTurns:
+class TestWrrSequence:
     def took(self, lab: Lab, number: int) -> list[str | None]:
         return [lab.syn(flow) for flow in lab.flows(number)]
 
-    @pytest.mark.parametrize("scheduler", TURNS)
+    @pytest.mark.parametrize("scheduler", SEQUENCED)
     def test_one_after_another(self, choosing: Lab, scheduler: Scheduler) -> None:
         start(choosing, scheduler, dict.fromkeys("abcdefg", 1))
         took = self.took(choosing, 700)
@@ -41,19 +41,19 @@ class TestTurns:
         assert took == took[:7] * 100
 
     @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
-    @pytest.mark.parametrize("scheduler", TURNS)
+    @pytest.mark.parametrize("scheduler", SEQUENCED)
     def test_by_weight_in_the_planned_order(self, choosing: Lab, scheduler: Scheduler, weights: dict[str, int]) -> None:
         start(choosing, scheduler, weights)
         (only,) = choosing.engine.config.services
         members = [Member(b.label(only.listen), choosing.id_of(b.name), weights[b.name]) for b in only.backends]
         longest = wrr.room(len(choosing.table())) - len(members)
-        planned = [choosing.name_of(int(id_)) for id_ in wrr.cycle(members, longest)]
+        planned = [choosing.name_of(int(id_)) for id_ in wrr.sequence(members, longest)]
         took = self.took(choosing, 2 * len(planned))
         begins = [first for first in range(len(planned)) if planned[first:] + planned[:first] == took[: len(planned)]]
-        assert begins, "it is the cycle, from somewhere on"
+        assert begins, "it is the sequence, from somewhere on"
         assert took[len(planned) :] == took[: len(planned)]
 
-    @pytest.mark.parametrize("scheduler", TURNS)
+    @pytest.mark.parametrize("scheduler", SEQUENCED)
     def test_what_comes_between_takes_no_turn(self, choosing: Lab, scheduler: Scheduler) -> None:
         start(choosing, scheduler, dict.fromkeys("abc", 1))
         order, homes = [], {}

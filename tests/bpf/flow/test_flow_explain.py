@@ -14,7 +14,7 @@ from flowmodel import Flow
 from xdplb.api import explanation
 from xdplb.dataplane import frames, syscall
 from xdplb.dataplane.frames import Endpoint
-from xdplb.dataplane.trace import Found, Reason
+from xdplb.dataplane.trace import Reason, Trace
 from xdplb.model import Admin, Affinity, BackendKey, FlowMemory, OnAllDown, OnDown, OnRemove, Protocol, Scheduler
 
 
@@ -23,18 +23,18 @@ def question(lab: Lab, flow: Flow) -> frames.Flow:
     return frames.Flow(Endpoint(flow.client, flow.port), Endpoint(listen.address, 80), listen.protocol)
 
 
-def ask(lab: Lab, flow: Flow) -> Found:
+def ask(lab: Lab, flow: Flow) -> Trace:
     """What is found out; nothing may be different afterwards."""
     before = traces(lab)
-    found = lab.plane.explain(frames.build(question(lab, flow), bytes(6), bytes(6)), 1)
+    trace = lab.plane.explain(frames.build(question(lab, flow), bytes(6), bytes(6)), 1)
     assert traces(lab) == before
-    return found
+    return trace
 
 
 def traces(lab: Lab) -> tuple[Any, ...]:
     plane = lab.plane
     counters = ("flow_counters", "verdict_counters", "backend_counters", "drop_counters")
-    per_cpu = (*counters, "flow_budgets", "choices", "turns_taken")
+    per_cpu = (*counters, "flow_budgets", "choices", "wrr_positions")
     shared = (plane.flow_words, plane.slots, plane.transitions, plane.direct_seen, plane.loads)
     shapes = {name: syscall.map_shape(plane.fd(name)).max_entries for name in per_cpu}
     return (
@@ -166,8 +166,8 @@ class TestASlotThatChangedHands:
 def test_a_failed_backend_is_passed_over_before_its_slots_are_given_away(lab: Lab) -> None:
     flow = lab.flow(of="a")
     lab.engine.withdraw(BackendKey("web", "a"))
-    found = ask(lab, flow)
-    assert (found.reason, lab.name_of(found.backend)) == (Reason.REHASHED, lab.send(flow))
+    trace = ask(lab, flow)
+    assert (trace.reason, lab.name_of(trace.backend)) == (Reason.REHASHED, lab.send(flow))
     assert told(lab, flow)["reason"] == "remembered", "the packet was"
 
 

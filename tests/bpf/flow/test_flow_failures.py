@@ -122,9 +122,9 @@ class TestKeep:
 
     def test_one_that_cannot_be_reached_loses_them(self, lab: Lab) -> None:
         flows = lab.flows(50, of="a")
-        lab.change("a", way=None)
+        lab.change("a", next_hop=None)
         assert set(lab.sent_to(flows)) == {"b", "c"}
-        lab.change("a", health=HealthState.DOWN, way=healthy("a").way)
+        lab.change("a", health=HealthState.DOWN, next_hop=healthy("a").next_hop)
         assert set(lab.sent_to(flows)) == {"b", "c"}, "and does not get them back"
 
 

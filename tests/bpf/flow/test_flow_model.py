@@ -45,7 +45,7 @@ class History:
     def pool(self) -> Pool:
         """By health and administrative state alone: all have a weight or drain."""
         statuses = {name: self.lab.engine.statuses.get(BackendKey("web", name)) for name in self.names}
-        able = {name for name, s in statuses.items() if s.admin is not Admin.MAINT and s.way is not None}
+        able = {name for name, s in statuses.items() if s.admin is not Admin.MAINT and s.next_hop is not None}
         up = frozenset(name for name in able if statuses[name].health is HealthState.UP)
         return Pool(up, frozenset(able) if self.keep else frozenset())
 
@@ -59,16 +59,16 @@ class History:
 
     def status(self) -> None:
         name = self.random.choice(self.names)
-        way = healthy(name).way
+        next_hop = healthy(name).next_hop
         status = self.random.choice(
             [
                 {"health": HealthState.DOWN},
-                {"health": HealthState.UP, "admin": Admin.ACTIVE, "weight": None, "way": way},
-                {"health": HealthState.UP, "admin": Admin.ACTIVE, "weight": None, "way": way},
+                {"health": HealthState.UP, "admin": Admin.ACTIVE, "weight": None, "next_hop": next_hop},
+                {"health": HealthState.UP, "admin": Admin.ACTIVE, "weight": None, "next_hop": next_hop},
                 {"admin": Admin.DRAIN},
                 {"admin": Admin.MAINT},
                 {"weight": self.random.choice([0, 3])},
-                {"way": None},
+                {"next_hop": None},
             ]
         )
         key = BackendKey("web", name)

@@ -13,10 +13,10 @@ import pytest
 from xdplb.abi import SLOT_IN_TRANSITION, FlowState, ServiceFlag, Subject
 from xdplb.api import explanation
 from xdplb.api.explanation import Known, parse, span, state_in_words
-from xdplb.core.status import BackendStatus, Way
+from xdplb.core.status import BackendStatus, NextHop
 from xdplb.dataplane import frames
 from xdplb.dataplane.frames import Endpoint, Flow
-from xdplb.dataplane.trace import Found, Reason
+from xdplb.dataplane.trace import Reason, Trace
 from xdplb.errors import UsageError, XdplbError
 from xdplb.model import (
     Admin,
@@ -37,9 +37,9 @@ BACKENDS = tuple(Backend(name, IPv4Address(f"10.0.0.{number}"), None) for number
 WEB = Service("web", Listen(VIP, 80, 80, Protocol.TCP), Forward.DSR, Scheduler.MAGLEV, Check(), BACKENDS)
 FLOW = Flow(Endpoint(IPv4Address("198.51.100.7"), 40000), Endpoint(VIP, 80), Protocol.TCP)
 FRAME = frames.build(FLOW, bytes(6), bytes(6))
-UP = BackendStatus(HealthState.UP, way=Way(1, bytes(6), bytes(6), None, 1500))
+UP = BackendStatus(HealthState.UP, next_hop=NextHop(1, bytes(6), bytes(6), None, 1500))
 A, B, C = 1, 2, 3
-SETTLED = Found(
+SETTLED = Trace(
     subject=Subject.TO_SERVICE,
     service=7,
     flags=ServiceFlag.REJECT,
@@ -73,8 +73,8 @@ def known(*services: Service, **statuses: BackendStatus) -> Known:
     )
 
 
-def told(found: Found, of: Known | None = None, flow: Flow = FLOW) -> Any:
-    return json.loads(json.dumps(explanation.answer(flow, found, of or known(), "eth0", None)))
+def told(trace: Trace, of: Known | None = None, flow: Flow = FLOW) -> Any:
+    return json.loads(json.dumps(explanation.answer(flow, trace, of or known(), "eth0", None)))
 
 
 class TestParsing:
@@ -143,11 +143,11 @@ def test_findings_are_read_from_the_record() -> None:
         transition=(4, 130),
         backend=4,
     )
-    found = Found.read(record, 3, b"before", b"after")
-    assert (found.subject, found.service, found.flags) == (Subject.TO_SERVICE, 7, ServiceFlag(3))
-    assert (found.slot_backend, found.in_transition, found.previous, found.ticks_left) == (5, True, 4, 30)
-    assert (found.verdict, found.before, found.after) == ("tx", b"before", b"after")
-    late = Found.read(a_record(transition=(4, 130), tick=131), 0, b"", b"")
+    trace = Trace.read(record, 3, b"before", b"after")
+    assert (trace.subject, trace.service, trace.flags) == (Subject.TO_SERVICE, 7, ServiceFlag(3))
+    assert (trace.slot_backend, trace.in_transition, trace.previous, trace.ticks_left) == (5, True, 4, 30)
+    assert (trace.verdict, trace.before, trace.after) == ("tx", b"before", b"after")
+    late = Trace.read(a_record(transition=(4, 130), tick=131), 0, b"", b"")
     assert (late.ticks_left, late.verdict, late.reason) == (0, "aborted", Reason.NO_SERVICE)
 
 
@@ -183,7 +183,7 @@ DOWN = replace(UP, health=HealthState.DOWN)
 
 
 @pytest.mark.parametrize(
-    ("found", "statuses", "why"),
+    ("trace", "statuses", "why"),
     [
         (MOVING, {"a": DRAINING}, "a drains, but had the slot before: flows older than the change stay with it, "),
         (replace(MOVING, backend=B, former=0), {"a": DOWN}, "a had the slot before, but is down: slot 17 of 512 belo"),
@@ -204,7 +204,7 @@ DOWN = replace(UP, health=HealthState.DOWN)
         ),
         (
             replace(SETTLED, backend=0, former=0, scheduled=0),
-            {"a": DOWN, "b": MAINTAINED, "c": replace(UP, way=None)},
+            {"a": DOWN, "b": MAINTAINED, "c": replace(UP, next_hop=None)},
             "no backend is up (a is down, b is in maintenance, c has no next hop): answered with a reset",
         ),
         (
@@ -214,8 +214,8 @@ DOWN = replace(UP, health=HealthState.DOWN)
         ),
     ],
 )
-def test_why(found: Found, statuses: dict[str, BackendStatus], why: str) -> None:
-    assert told(found, known(**statuses))["why"].startswith(why)
+def test_why(trace: Trace, statuses: dict[str, BackendStatus], why: str) -> None:
+    assert told(trace, known(**statuses))["why"].startswith(why)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_why(found: Found, statuses: dict[str, BackendStatus], why: str) -> None
     ],
 )
 def test_what_becomes_of_a_packet_for_nobody(protocol: Protocol, flags: ServiceFlag, how: str) -> None:
-    found = replace(SETTLED, flags=flags, backend=0, scheduled=0, former=0)
-    assert told(found, flow=replace(FLOW, protocol=protocol))["why"].endswith(f": {how}")
+    trace = replace(SETTLED, flags=flags, backend=0, scheduled=0, former=0)
+    assert told(trace, flow=replace(FLOW, protocol=protocol))["why"].endswith(f": {how}")
 
 
 def test_of_many_backends_some_are_named() -> None:
@@ -238,18 +238,18 @@ def test_of_many_backends_some_are_named() -> None:
 
 
 def test_services_on_other_ports_are_named() -> None:
-    found = replace(SETTLED, subject=Subject.OTHER_PORT, service=0, backend=0)
+    trace = replace(SETTLED, subject=Subject.OTHER_PORT, service=0, backend=0)
     range_ = replace(WEB, name="range", listen=Listen(VIP, 8000, 8099, Protocol.UDP))
     elsewhere = replace(WEB, name="far", listen=Listen(VIP + 1, 443, 443, Protocol.TCP))
-    assert told(found, known(range_, WEB, elsewhere))["why"] == (
+    assert told(trace, known(range_, WEB, elsewhere))["why"] == (
         "no service listens there (that address has services on ports 80/tcp (web), 8000-8099/udp (range)): "
         "the kernel gets it"
     )
-    assert "(that address has a service on port 80/tcp (web))" in told(found)["why"]
+    assert "(that address has a service on port 80/tcp (web))" in told(trace)["why"]
 
 
 def test_an_address_of_no_service() -> None:
-    answer = told(replace(SETTLED, subject=Subject.NOBODYS, service=0, backend=0, verdict="pass"))
+    answer = told(replace(SETTLED, subject=Subject.NO_SERVICE, service=0, backend=0, verdict="pass"))
     assert (answer["reason"], answer["service"], answer["slot"], answer["flow_cache"]) == (
         "no_service",
         None,
@@ -274,7 +274,7 @@ def test_a_service_that_the_configuration_does_not_have() -> None:
         (replace(DOWN, admin=Admin.DRAIN), "is down"),
         (replace(DOWN, admin=Admin.MAINT), "is in maintenance"),
         (replace(UP, health=HealthState.UNKNOWN), "has not been checked yet"),
-        (replace(UP, way=None), "has no next hop"),
+        (replace(UP, next_hop=None), "has no next hop"),
     ],
 )
 def test_what_a_backend_does(status: BackendStatus | None, words: str) -> None:

@@ -25,13 +25,13 @@ from xdplb.core.operations import (
     Operation,
     Publish,
     PutBackend,
+    PutSequence,
     PutService,
     PutSlots,
-    PutTurns,
     ServiceEntry,
 )
 from xdplb.core.planner import Planner
-from xdplb.core.status import BackendStatus, Way
+from xdplb.core.status import BackendStatus, NextHop
 from xdplb.model import (
     Admin,
     Backend,
@@ -47,8 +47,8 @@ from xdplb.model import (
     Service,
 )
 
-WAY = Way(3, bytes.fromhex("02000000000a"), bytes.fromhex("02000000000b"), IPv4Address("10.0.0.1"), 1500)
-UP = BackendStatus(health=HealthState.UP, way=WAY)
+NEXT_HOP = NextHop(3, bytes.fromhex("02000000000a"), bytes.fromhex("02000000000b"), IPv4Address("10.0.0.1"), 1500)
+UP = BackendStatus(health=HealthState.UP, next_hop=NEXT_HOP)
 DOWN = replace(UP, health=HealthState.DOWN)
 ROOMY = Geometry(services=16, backends=64, slots=1 << 13, address_buckets=64, intervals=1024)
 NO_TUNNELS = Tunnels()
@@ -105,7 +105,7 @@ class Maps:
                 assert origin is None or len(table) >= origin[1], "half a table would move half of its flows"
                 self.places[name] = first, len(table)
                 self.slots[first : first + len(table)] = table
-            case PutTurns(name, first, ids):
+            case PutSequence(name, first, ids):
                 assert first + len(ids) <= len(self.slots)
                 self.slots[first : first + len(ids)] = ids
             case PutService(name, id_, service):
@@ -129,14 +129,18 @@ class Maps:
                 assert entry.ifindex and any(entry.macs)
         ranges = sorted(
             [(e.slots, e.slots + e.slot_count) for _, e in self.services.values()]
-            + [(e.turns, e.turns + e.turn_count + e.members) for _, e in self.services.values() if e.turn_count]
+            + [
+                (e.sequence, e.sequence + e.sequence_length + e.members)
+                for _, e in self.services.values()
+                if e.sequence_length
+            ]
         )
         assert all(end <= start for (_, end), (start, _) in pairwise(ranges)), "slots of two services"
         for claim in self.published.services:
             name, service = self.services[claim.target]
             assert service.slot_count.bit_count() == 1 and service.slots % service.slot_count == 0
-            turns = self.slots[service.turns :][: service.turn_count + service.members]
-            for id_ in np.unique(np.concatenate([self.table(service), turns])).tolist():
+            sequence = self.slots[service.sequence :][: service.sequence_length + service.members]
+            for id_ in np.unique(np.concatenate([self.table(service), sequence])).tolist():
                 assert id_ == 0 or self.backends[id_][0].service == name
         published = {self.services[claim.target][0] for claim in self.published.services}
         for claim in self.published.replies:
@@ -147,7 +151,7 @@ class Maps:
         services = {id_: name for id_, (name, _) in self.services.items()}
         return ByName(
             {k: (services.get(e.service), replace(e, service=0)) for k, e in self.backends.values()},
-            {name: replace(entry, slots=0, turns=0) for name, entry in self.services.values()},
+            {name: replace(entry, slots=0, sequence=0) for name, entry in self.services.values()},
             {n: [names.get(i) for i in self.table(e).tolist()] for n, e in self.services.values()},
             {(services[c.target], replace(c, target=1)) for c in self.published.services},
             {(names[c.target], replace(c, target=1)) for c in self.published.replies},
@@ -244,13 +248,13 @@ def with_status(world: World, key: tuple[str, str], status: BackendStatus) -> Wo
     return World(world.services, {**world.statuses, BackendKey(*key): status})
 
 
-ways = st.sampled_from([None, WAY, WAY, WAY, replace(WAY, ifindex=4, mtu=70_000)])
+next_hops = st.sampled_from([None, NEXT_HOP, NEXT_HOP, NEXT_HOP, replace(NEXT_HOP, ifindex=4, mtu=70_000)])
 statuses = st.builds(
     BackendStatus,
     health=st.sampled_from([HealthState.UP, HealthState.UP, HealthState.UP, HealthState.DOWN, HealthState.UNKNOWN]),
     admin=st.sampled_from([Admin.ACTIVE, Admin.ACTIVE, Admin.ACTIVE, Admin.DRAIN, Admin.MAINT]),
     weight=st.sampled_from([None, None, None, 0, 5]),
-    way=ways,
+    next_hop=next_hops,
 )
 
 

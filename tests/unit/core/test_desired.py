@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from xdplb.core.desired import DesiredBackend, desire
 from xdplb.core.nat_replies import reply_ports, shared_backends
-from xdplb.core.slow_start import grown
-from xdplb.core.status import FULLY_GROWN, BackendStatus, Way
+from xdplb.core.slow_start import ramp_after
+from xdplb.core.status import FULL_RAMP, BackendStatus, NextHop
 from xdplb.core.weights import configured_weight, serving
 from xdplb.model import (
     Admin,
@@ -32,8 +32,8 @@ from xdplb.model import (
     Service,
 )
 
-WAY = Way(2, b"\2" * 6, b"\4" * 6, None, 1500)
-UP = BackendStatus(health=HealthState.UP, way=WAY)
+NEXT_HOP = NextHop(2, b"\2" * 6, b"\4" * 6, None, 1500)
+UP = BackendStatus(health=HealthState.UP, next_hop=NEXT_HOP)
 DOWN = replace(UP, health=HealthState.DOWN)
 NONE = frozenset[BackendKey]()
 
@@ -55,8 +55,8 @@ def backend(name: str, weight: int = 1, backup: bool = False) -> Backend:
 
 
 EVERY_STATUS = [
-    BackendStatus(health, admin, weight, way)
-    for health, admin, weight, way in product(HealthState, Admin, (None, 0, 7), (None, WAY))
+    BackendStatus(health, admin, weight, next_hop)
+    for health, admin, weight, next_hop in product(HealthState, Admin, (None, 0, 7), (None, NEXT_HOP))
 ]
 
 
@@ -69,7 +69,7 @@ def test_a_backend_alone_serves_when_it_is_active_reachable_has_a_weight_and_is_
     for status in EVERY_STATUS:
         effective = weight if status.weight is None else status.weight
         healthy = status.health is HealthState.UP or on_all_down is OnAllDown.FAIL_OPEN
-        serves = healthy and status.admin is Admin.ACTIVE and status.way is not None and effective > 0
+        serves = healthy and status.admin is Admin.ACTIVE and status.next_hop is not None and effective > 0
         alone = service([backend("a", weight, backup)], on_all_down)
         assert serving(alone, {"a": status}) == ({"a": effective} if serves else {})
 
@@ -81,7 +81,7 @@ def by_the_rules(of: Service, statuses: dict[str, BackendStatus]) -> dict[str, i
         for b in of.backends
         if (w := configured_weight(b, statuses[b.name]))
         and statuses[b.name].admin is Admin.ACTIVE
-        and statuses[b.name].way
+        and statuses[b.name].next_hop
     ]
     ranks: dict[int, dict[str, int]] = {}
     for b, weight in able:
@@ -113,7 +113,13 @@ class TestBackups:
         assert serving(self.pool, {"a": DOWN, "b": DOWN, "spare": UP}) == {"spare": 1}
 
     @pytest.mark.parametrize(
-        "unable", [replace(UP, admin=Admin.DRAIN), replace(UP, weight=0), replace(UP, way=None), BackendStatus(way=WAY)]
+        "unable",
+        [
+            replace(UP, admin=Admin.DRAIN),
+            replace(UP, weight=0),
+            replace(UP, next_hop=None),
+            BackendStatus(next_hop=NEXT_HOP),
+        ],
     )
     def test_whatever_keeps_the_primaries_from_it(self, unable: BackendStatus) -> None:
         assert serving(self.pool, {"a": unable, "b": unable, "spare": UP}) == {"spare": 1}
@@ -130,7 +136,7 @@ class TestFailOpen:
         assert serving(self.pool, {"a": DOWN, "b": DOWN, "spare": DOWN}) == {"a": 1, "b": 5}
 
     def test_before_the_first_verdict_too(self) -> None:
-        unknown = BackendStatus(way=WAY)
+        unknown = BackendStatus(next_hop=NEXT_HOP)
         assert serving(self.pool, {"a": unknown, "b": DOWN, "spare": unknown}) == {"a": 1, "b": 5}
 
     def test_maintenance_never_serves(self) -> None:
@@ -157,12 +163,12 @@ class TestFailOpen:
 def test_desire_carries_the_decision_in_the_order_of_the_configuration() -> None:
     of = service([backend("b", 4), backend("a"), backend("spare", backup=True)])
     shared = frozenset({BackendKey("web", "a"), BackendKey("other", "b")})
-    desired = desire(of, {"a": replace(DOWN, way=None), "b": replace(UP, weight=2), "spare": UP}, shared)
+    desired = desire(of, {"a": replace(DOWN, next_hop=None), "b": replace(UP, weight=2), "spare": UP}, shared)
     assert desired.config is of
     assert desired.backends == (
-        DesiredBackend(of.backends[0], weight=2, up=True, keeps=False, way=WAY, shared=False),
-        DesiredBackend(of.backends[1], weight=0, up=False, keeps=False, way=None, shared=True),
-        DesiredBackend(of.backends[2], weight=0, up=True, keeps=False, way=WAY, shared=False),
+        DesiredBackend(of.backends[0], weight=2, up=True, keeps=False, next_hop=NEXT_HOP, shared=False),
+        DesiredBackend(of.backends[1], weight=0, up=False, keeps=False, next_hop=None, shared=True),
+        DesiredBackend(of.backends[2], weight=0, up=True, keeps=False, next_hop=NEXT_HOP, shared=False),
     )
 
 
@@ -192,9 +198,9 @@ class TestFlowsThatABackendHas:
         "unable",
         [
             DOWN,
-            BackendStatus(way=WAY),
+            BackendStatus(next_hop=NEXT_HOP),
             replace(UP, admin=Admin.MAINT),
-            replace(UP, way=None),
+            replace(UP, next_hop=None),
             replace(DOWN, admin=Admin.DRAIN),
         ],
     )
@@ -206,7 +212,7 @@ class TestFlowsThatABackendHas:
     def test_on_down_keep_is_for_all_that_could_serve_whatever_their_health(self, status: BackendStatus) -> None:
         pool = replace(service([backend("a"), backend("b")]), on_down=OnDown.KEEP)
         keeps = desire(pool, {"a": status, "b": UP}, NONE).backends[0].keeps
-        assert keeps is (status.admin is not Admin.MAINT and status.way is not None)
+        assert keeps is (status.admin is not Admin.MAINT and status.next_hop is not None)
         assert not desire(replace(pool, on_down=OnDown.REHASH), {"a": status, "b": UP}, NONE).backends[0].keeps
 
     def test_those_that_serve_for_want_of_a_healthy_one_take_packets(self) -> None:
@@ -223,7 +229,7 @@ def test_up_always_has_a_way_and_whoever_gets_new_flows_is_up(data: st.DataObjec
     for one in desire(of, statuses, NONE).backends:
         status = statuses[one.config.name]
         assert one.up or not one.weight
-        assert not one.up or (one.way is not None and status.admin is not Admin.MAINT)
+        assert not one.up or (one.next_hop is not None and status.admin is not Admin.MAINT)
         assert not (one.up and not one.weight) or status.health is HealthState.UP
 
 
@@ -240,33 +246,33 @@ class TestSlowStart:
         assert self.weights() == ([4, 1, 0], 1, [4, 1, 0])
 
     def test_a_twentieth_of_weight_1_is_a_weight(self) -> None:
-        assert self.weights(b=replace(UP, grown=1)) == ([80, 1, 0], 20, [4, 1, 0])
-        assert self.weights(a=replace(UP, grown=7)) == ([28, 20, 0], 20, [2, 1, 0])
+        assert self.weights(b=replace(UP, ramp=1)) == ([80, 1, 0], 20, [4, 1, 0])
+        assert self.weights(a=replace(UP, ramp=7)) == ([28, 20, 0], 20, [2, 1, 0])
 
     def test_it_is_the_operators_weight_that_is_grown_into(self) -> None:
-        assert self.weights(a=replace(UP, grown=5, weight=8)) == ([40, 20, 0], 20, [2, 1, 0])
-        assert self.weights(a=replace(UP, grown=5, weight=0)) == ([0, 1, 0], 1, [0, 1, 0])
+        assert self.weights(a=replace(UP, ramp=5, weight=8)) == ([40, 20, 0], 20, [2, 1, 0])
+        assert self.weights(a=replace(UP, ramp=5, weight=0)) == ([0, 1, 0], 1, [0, 1, 0])
 
     def test_whoever_gets_no_new_flows_concerns_nobody(self) -> None:
-        assert self.weights(spare=replace(UP, grown=1)) == ([4, 1, 0], 1, [4, 1, 0])
-        assert self.weights(b=replace(DOWN, grown=1)) == ([4, 0, 0], 1, [4, 0, 0])
+        assert self.weights(spare=replace(UP, ramp=1)) == ([4, 1, 0], 1, [4, 1, 0])
+        assert self.weights(b=replace(DOWN, ramp=1)) == ([4, 0, 0], 1, [4, 0, 0])
 
     def test_a_backup_takes_all_that_a_growing_primary_does_not_serve(self) -> None:
-        assert self.weights(a=DOWN, b=DOWN, spare=replace(UP, grown=2)) == ([0, 0, 6], 20, [0, 0, 1])
-        assert self.weights(a=DOWN, b=replace(UP, grown=2)) == ([0, 2, 0], 20, [0, 1, 0])
+        assert self.weights(a=DOWN, b=DOWN, spare=replace(UP, ramp=2)) == ([0, 0, 6], 20, [0, 0, 1])
+        assert self.weights(a=DOWN, b=replace(UP, ramp=2)) == ([0, 2, 0], 20, [0, 1, 0])
 
     @given(st.floats(0.01, 3600), st.floats(0, 1))
     def test_it_is_linear_from_a_twentieth_to_all_in_steps_of_a_second_or_more(self, whole: float, part: float) -> None:
-        has = grown(part * whole, whole)
-        steps = max(1, min(FULLY_GROWN - 1, int(whole)))
-        assert 1 <= has <= FULLY_GROWN
+        has = ramp_after(part * whole, whole)
+        steps = max(1, min(FULL_RAMP - 1, int(whole)))
+        assert 1 <= has <= FULL_RAMP
         assert abs(has - (1 + 19 * part)) <= 19 / steps + 1
-        assert len({grown(whole * n / 200, whole) for n in range(200)}) == steps
-        assert grown(whole, whole) == FULLY_GROWN
-        assert grown(part * whole / 2, whole) <= has
+        assert len({ramp_after(whole * n / 200, whole) for n in range(200)}) == steps
+        assert ramp_after(whole, whole) == FULL_RAMP
+        assert ramp_after(part * whole / 2, whole) <= has
 
     def test_none_is_none(self) -> None:
-        assert grown(0, 0) == FULLY_GROWN
+        assert ramp_after(0, 0) == FULL_RAMP
 
 
 ports = st.one_of(

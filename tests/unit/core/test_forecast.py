@@ -108,7 +108,7 @@ def test_what_was_set_by_hand_is_forgotten_where_the_file_changes_the_backend() 
     assert heavier.slots_moved_percent == pytest.approx(50, abs=0.2)
 
 
-@pytest.mark.parametrize("status", [UP, DOWN, replace(UP, grown=3)])
+@pytest.mark.parametrize("status", [UP, DOWN, replace(UP, ramp=3)])
 @pytest.mark.parametrize("weight", [1, 5])
 def test_the_slots_are_those_that_the_planner_moves(status: BackendStatus, weight: int) -> None:
     before = World((WEB,), {**healthy(WEB).statuses, BackendKey("web1", "b0"): status})

@@ -7,9 +7,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from planning import (
+    NEXT_HOP,
     NO_TUNNELS,
     UP,
-    WAY,
     Machine,
     healthy,
     service,
@@ -52,7 +52,7 @@ def test_a_backend() -> None:
         flags=BackendFlag.UP,
         source=IPv4Address("10.0.0.1"),
         ifindex=3,
-        macs=WAY.dest_mac + WAY.source_mac,
+        macs=NEXT_HOP.dest_mac + NEXT_HOP.source_mac,
         mtu=1500,
     )
 
@@ -63,7 +63,7 @@ def test_without_a_way_nothing_is_said_of_it_and_it_is_not_up() -> None:
 
 
 def test_an_mtu_beyond_what_the_entry_holds() -> None:
-    assert first_entry(status=replace(UP, way=replace(WAY, mtu=65_536))).mtu == 65_535
+    assert first_entry(status=replace(UP, next_hop=replace(NEXT_HOP, mtu=65_536))).mtu == 65_535
 
 
 def test_ipv6_and_the_packets_own_port() -> None:
@@ -100,14 +100,14 @@ def test_of_an_ipv6_prefix_only_the_last_word_follows_the_flow() -> None:
 
 def test_who_does_not_encapsulate_keeps_its_own_source() -> None:
     entry = first_entry(tunnels=Tunnels(ipv4=IPv4Network("192.0.2.0/24")))
-    assert (entry.source, entry.source_spread) == (WAY.source, 0)
+    assert (entry.source, entry.source_spread) == (NEXT_HOP.source, 0)
 
 
 SCHEDULER_CODES = {
     Scheduler.MAGLEV: SchedulerCode.HASH,
     Scheduler.SOURCE_HASH: SchedulerCode.HASH,
-    Scheduler.RR: SchedulerCode.TURNS,
-    Scheduler.WRR: SchedulerCode.TURNS,
+    Scheduler.RR: SchedulerCode.WRR,
+    Scheduler.WRR: SchedulerCode.WRR,
     Scheduler.LC: SchedulerCode.LEAST,
     Scheduler.WLC: SchedulerCode.LEAST,
     Scheduler.P2C: SchedulerCode.TWO,
@@ -126,7 +126,7 @@ def test_a_service(
     machine = Machine()
     machine.become(healthy(replace(of, gue_port=666)))
     code = SCHEDULER_CODES[scheduler]
-    turns = 3 if code in (SchedulerCode.TURNS, SchedulerCode.LEAST) else 0
+    sequence = 3 if code in (SchedulerCode.WRR, SchedulerCode.LEAST) else 0
     name, entry = machine.maps.services[1]
     assert name == "s1"
     assert entry == ServiceEntry(
@@ -145,9 +145,9 @@ def test_a_service(
         }[forward],
         flags=ServiceFlag.UDP | (ServiceFlag.REJECT if on_all_down is OnAllDown.REJECT else ServiceFlag(0)),
         scheduler=code,
-        turns=512 if turns else 0,
-        turn_count=turns,
-        members=turns,
+        sequence=512 if sequence else 0,
+        sequence_length=sequence,
+        members=sequence,
     )
 
 

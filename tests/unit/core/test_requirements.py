@@ -93,7 +93,7 @@ def test_every_feature_and_size_reaches_the_compiler() -> None:
         assert sum(flags[name] != slower[name] for name in flags) == 1, field.name
     for field in fields(Geometry):
         changed = abi.defines(NOTHING, replace(size, **{field.name: 3}))
-        followers = {"LEASE_SETS"} if field.name.startswith("sources") else set()
+        followers = {"SNAT_SETS"} if field.name.startswith("sources") else set()
         assert {name for name in flags if flags[name] != changed[name]} - followers == {field.name.upper()}
 
 

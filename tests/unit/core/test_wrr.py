@@ -20,13 +20,13 @@ def members(weights: list[int]) -> list[Member]:
     return [Member(f"10.0.0.{number:03}:80", number + 1, weight) for number, weight in enumerate(weights)]
 
 
-def cycle(weights: list[int], longest: int = LONGEST) -> list[int]:
-    found: list[int] = wrr.cycle(members(weights), longest).tolist()
+def sequence(weights: list[int], longest: int = LONGEST) -> list[int]:
+    found: list[int] = wrr.sequence(members(weights), longest).tolist()
     return found
 
 
 def longest_run(ids: list[int]) -> int:
-    """Of one backend, from one cycle into the next."""
+    """Of one backend, from one pass of the sequence into the next."""
     longest = run = 1
     for one, next_one in zip(ids * 2, (ids * 2)[1:], strict=False):
         run = run + 1 if one == next_one else 1
@@ -50,13 +50,13 @@ pools = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 @given(pools)
 def test_everybody_has_as_many_turns_as_it_weighs(weights: list[int]) -> None:
     divisor = math.gcd(*weights)
-    counted = Counter(cycle(weights))
+    counted = Counter(sequence(weights))
     assert counted == {number + 1: weight // divisor for number, weight in enumerate(weights) if weight}
 
 
 @given(st.lists(st.integers(1, 65535), min_size=2, max_size=9), st.integers(16, 2000))
 def test_where_that_takes_too_long_everybody_is_less_than_a_turn_off(weights: list[int], longest: int) -> None:
-    found = Counter(cycle(weights, longest))
+    found = Counter(sequence(weights, longest))
     length = found.total()
     assert length <= max(longest, 1)
     for number, weight in enumerate(weights):
@@ -66,7 +66,7 @@ def test_where_that_takes_too_long_everybody_is_less_than_a_turn_off(weights: li
 @settings(max_examples=300)
 @given(pools)
 def test_turns_are_evenly_spread(weights: list[int]) -> None:
-    assert unevenness(cycle(weights)) < 3.5
+    assert unevenness(sequence(weights)) < 3.5
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_turns_are_evenly_spread(weights: list[int]) -> None:
     ids=str,
 )
 def test_those_of_common_weights_more_so(weights: list[int], bound: float) -> None:
-    assert unevenness(cycle(weights)) <= bound
+    assert unevenness(sequence(weights)) <= bound
 
 
 @given(pools.filter(lambda weights: sum(1 for weight in weights if weight) > 1))
 def test_there_are_no_bursts(weights: list[int]) -> None:
     """Who weighs k times as much as all others has k turns in a row, as they are to be had; never twice as many."""
     others = sum(weights) - max(weights)
-    assert longest_run(cycle(weights)) <= 2 * math.ceil(max(weights) / others)
+    assert longest_run(sequence(weights)) <= 2 * math.ceil(max(weights) / others)
 
 
 @given(pools, st.randoms())
@@ -90,11 +90,11 @@ def test_the_order_does_not_depend_on_who_was_named_first(weights: list[int], ra
     crowd = members(weights)
     shuffled = crowd.copy()
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert (wrr.cycle(crowd, LONGEST) == wrr.cycle(shuffled, LONGEST)).all()
+    assert (wrr.sequence(crowd, LONGEST) == wrr.sequence(shuffled, LONGEST)).all()
 
 
 def test_nobody_has_no_turns() -> None:
-    assert cycle([]) == cycle([0, 0]) == []
+    assert sequence([]) == sequence([0, 0]) == []
 
 
 @pytest.mark.parametrize("backends", [1, 2, 3, 8, 9, 100, 1000, 4096])
@@ -102,4 +102,4 @@ def test_the_room_of_a_service_holds_its_turns_and_all_of_its_backends(backends:
     room = wrr.room(maglev.table_size(backends))
     assert room.bit_count() == 1 and room >= 2 * backends
     uneven = [1 + number * 7919 % 65535 for number in range(backends)]
-    assert len(cycle(uneven, room - backends)) + backends <= room
+    assert len(sequence(uneven, room - backends)) + backends <= room

@@ -12,7 +12,7 @@ from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, service
 
 from xdplb.checks.endpoint import Endpoint, Progress
 from xdplb.daemon.backend_monitor import BackendMonitor
-from xdplb.daemon.overrides import Steering
+from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest, ServiceRecord
 from xdplb.model import Admin, BackendKey, HealthState
 
@@ -27,7 +27,7 @@ class House:
         self.answers: dict[str, tuple[bool, str] | None] = {}
         self.changed: list[BackendKey] = []
         self.heard = asyncio.Event()
-        self.overrides = Steering(tmp_path / "overrides.json")
+        self.overrides = Overrides(tmp_path / "overrides.json")
         self.monitor = BackendMonitor(
             Kernel(), self.overrides, self._on_change, lambda event: None, perform=self._perform
         )
@@ -75,8 +75,8 @@ async def test_first_verdicts_are_waited_for_with_the_way_there(house: House) ->
     assert house.monitor.statuses.get(A).health is HealthState.UNKNOWN
     await house.monitor.first_verdicts(two)
     assert [house.monitor.statuses.get(key).health for key in (A, B)] == [HealthState.UP, HealthState.DOWN]
-    way = house.monitor.statuses.get(A).way
-    assert way is not None and way.dest_mac == BACKEND_MAC
+    next_hop = house.monitor.statuses.get(A).next_hop
+    assert next_hop is not None and next_hop.dest_mac == BACKEND_MAC
     assert house.monitor.health[B].reason == "L4CON"
 
 
@@ -96,7 +96,7 @@ async def test_an_operators_word_holds_over_verdicts(house: House) -> None:
     one = config(service("a"))
     house.monitor.follow(one)
     await house.monitor.first_verdicts(one)
-    house.monitor.steer(A, Admin.DRAIN, 5)
+    house.monitor.override(A, Admin.DRAIN, 5)
     status = house.monitor.statuses.get(A)
     assert (status.admin, status.weight, status.health) == (Admin.DRAIN, 5, HealthState.UP)
     assert house.changed[-1] == A

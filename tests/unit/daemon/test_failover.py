@@ -10,14 +10,14 @@ from edges import UNCHECKED, Plane, Writing, config, engine, service
 
 from xdplb.abi import BackendFlag
 from xdplb.core.operations import PutBackend, PutSlots
-from xdplb.core.status import BackendStatus, Statuses, Way
+from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine
 from xdplb.daemon.failover import Failover
 from xdplb.model import Admin, BackendKey, Check, HealthState, OnAllDown, OnDown
 
 A, B = BackendKey("web", "a"), BackendKey("web", "b")
-WAY = Way(2, bytes.fromhex("020000000002"), bytes.fromhex("0200000000aa"), None, 1500)
-UP = BackendStatus(HealthState.UP, way=WAY)
+NEXT_HOP = NextHop(2, bytes.fromhex("020000000002"), bytes.fromhex("0200000000aa"), None, 1500)
+UP = BackendStatus(HealthState.UP, next_hop=NEXT_HOP)
 
 
 class House:
@@ -65,7 +65,9 @@ def in_loop(house: House, *changes: tuple[BackendKey, dict[str, object]]) -> Non
 
 
 @pytest.mark.parametrize(
-    "status", [{"health": HealthState.DOWN}, {"admin": Admin.MAINT}, {"way": None}], ids=["down", "maint", "no way"]
+    "status",
+    [{"health": HealthState.DOWN}, {"admin": Admin.MAINT}, {"next_hop": None}],
+    ids=["down", "maint", "no way"],
 )
 def test_the_flag_goes_before_the_call_returns_and_the_slots_when_the_turn_is_over(status: dict[str, object]) -> None:
     house = House()
@@ -90,7 +92,7 @@ def test_one_that_drains_keeps_its_flag_and_gives_its_slots() -> None:
 
 @pytest.mark.parametrize(
     ("status", "keeps"),
-    [({"health": HealthState.DOWN}, True), ({"admin": Admin.MAINT}, False), ({"way": None}, False)],
+    [({"health": HealthState.DOWN}, True), ({"admin": Admin.MAINT}, False), ({"next_hop": None}, False)],
     ids=["down", "maint", "no way"],
 )
 def test_on_down_keep_holds_for_one_that_is_down_and_for_no_other(status: dict[str, object], keeps: bool) -> None:

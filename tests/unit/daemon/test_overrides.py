@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xdplb.daemon.overrides import Steer, Steering, fingerprint
+from xdplb.daemon.overrides import Override, Overrides, fingerprint
 from xdplb.errors import XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Check, Config, Forward, Listen, Protocol, Scheduler, Service
 
@@ -28,41 +28,41 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "eth0.100.steering.json"
 
 
-def held(steering: Steering, under: Config) -> dict[BackendKey, tuple[Admin, int | None]]:
+def held(overrides: Overrides, under: Config) -> dict[BackendKey, tuple[Admin, int | None]]:
     """As by a reload."""
-    found = {key: (steer.admin, steer.weight) for key, steer in steering.held(under).items()}
-    steering.forget_others(under)
+    found = {key: (override.admin, override.weight) for key, override in overrides.held(under).items()}
+    overrides.forget_others(under)
     return found
 
 
 def test_nothing_is_remembered_at_first_and_nothing_written(path: Path) -> None:
-    assert held(Steering(path), config(A, B)) == {}
+    assert held(Overrides(path), config(A, B)) == {}
     assert not path.parent.exists()
 
 
 def test_what_is_set_survives_a_restart(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    steering.set(WEB_B, B, Admin.ACTIVE, 0)
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    overrides.set(WEB_B, B, Admin.ACTIVE, 0)
     wanted = {WEB_A: (Admin.DRAIN, None), WEB_B: (Admin.ACTIVE, 0)}
-    assert held(steering, config(A, B)) == wanted
-    assert held(Steering(path), config(A, B)) == wanted
-    assert Steering(path).held(config(A, B))[WEB_A] == Steer(Admin.DRAIN, None, fingerprint(A))
+    assert held(overrides, config(A, B)) == wanted
+    assert held(Overrides(path), config(A, B)) == wanted
+    assert Overrides(path).held(config(A, B))[WEB_A] == Override(Admin.DRAIN, None, fingerprint(A))
 
 
 def test_the_last_word_counts(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    steering.set(WEB_A, A, Admin.MAINT, 9)
-    assert held(Steering(path), config(A)) == {WEB_A: (Admin.MAINT, 9)}
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    overrides.set(WEB_A, A, Admin.MAINT, 9)
+    assert held(Overrides(path), config(A)) == {WEB_A: (Admin.MAINT, 9)}
 
 
 def test_back_to_what_the_file_says_is_nothing_to_remember(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    steering.set(WEB_A, A, Admin.ACTIVE, None)
-    assert held(steering, config(A)) == {}
-    assert held(Steering(path), config(A)) == {}
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    overrides.set(WEB_A, A, Admin.ACTIVE, None)
+    assert held(overrides, config(A)) == {}
+    assert held(Overrides(path), config(A)) == {}
 
 
 @pytest.mark.parametrize(
@@ -76,46 +76,46 @@ def test_back_to_what_the_file_says_is_nothing_to_remember(path: Path) -> None:
     ],
 )
 def test_a_change_of_the_backend_in_the_file_is_the_last_word(path: Path, changed: Backend) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    steering.set(WEB_B, B, Admin.MAINT, None)
-    assert held(steering, config(changed, B)) == {WEB_B: (Admin.MAINT, None)}
-    assert held(Steering(path), config(A, B)) == {WEB_B: (Admin.MAINT, None)}, "forgotten for good"
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    overrides.set(WEB_B, B, Admin.MAINT, None)
+    assert held(overrides, config(changed, B)) == {WEB_B: (Admin.MAINT, None)}
+    assert held(Overrides(path), config(A, B)) == {WEB_B: (Admin.MAINT, None)}, "forgotten for good"
 
 
 @pytest.mark.parametrize("without", [config(B), config(A, B, name="other"), Config(("eth0",), ())])
 def test_a_backend_that_is_gone_is_forgotten(path: Path, without: Config) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    assert held(steering, without) == {}
-    assert held(Steering(path), config(A, B)) == {}
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    assert held(overrides, without) == {}
+    assert held(Overrides(path), config(A, B)) == {}
 
 
 def test_other_changes_of_the_configuration_change_nothing(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    assert WEB_A in held(steering, config(B, A))
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    assert WEB_A in held(overrides, config(B, A))
 
 
 def test_asking_forgets_nothing(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
-    assert steering.held(config(B)) == {}
-    assert held(steering, config(A)) == {WEB_A: (Admin.DRAIN, None)}
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    assert overrides.held(config(B)) == {}
+    assert held(overrides, config(A)) == {WEB_A: (Admin.DRAIN, None)}
 
 
 def test_forgetting_without_effect_does_not_write(path: Path) -> None:
-    steering = Steering(path)
-    steering.set(WEB_A, A, Admin.DRAIN, None)
+    overrides = Overrides(path)
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
     path.unlink()
-    steering.forget_others(config(A))
+    overrides.forget_others(config(A))
     assert not path.exists()
-    steering.forget_others(config(B))
+    overrides.forget_others(config(B))
     assert path.exists()
 
 
 def test_no_half_written_file_is_left_beside_it(path: Path) -> None:
-    Steering(path).set(WEB_A, A, Admin.DRAIN, None)
+    Overrides(path).set(WEB_A, A, Admin.DRAIN, None)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_such_file_is_named_and_not_touched(path: Path, conten
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(XdplbError) as caught:
-        Steering(path)
+        Overrides(path)
     assert str(path) in caught.value.message
     assert "remove it" in caught.value.hint
     assert path.read_bytes() == content
@@ -150,4 +150,4 @@ def test_a_file_that_is_no_such_file_is_named_and_not_touched(path: Path, conten
 def test_a_path_that_cannot_be_read(path: Path) -> None:
     path.mkdir(parents=True)
     with pytest.raises(XdplbError, match="cannot be read"):
-        Steering(path)
+        Overrides(path)

@@ -16,7 +16,7 @@ from xdplb.core.operations import PutBackend
 from xdplb.core.status import Statuses
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
-from xdplb.daemon.overrides import Steering
+from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.reload import Reloader
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable
@@ -35,7 +35,7 @@ class House:
         self.between: Callable[[], None] = lambda: None
         self.planes: list[Plane] = []
         self.next_plane: Plane | None = None
-        self.overrides = Steering(tmp_path / "overrides.json")
+        self.overrides = Overrides(tmp_path / "overrides.json")
         self.monitor = BackendMonitor(Kernel(), self.overrides, lambda key: None, lambda event: None)
         self.notes = Manifest([], "", {}, {})
         self.reloader = Reloader(
@@ -194,7 +194,7 @@ async def test_what_changed_while_the_new_program_was_attached_is_applied_to_it(
 
     def an_operator_acts() -> None:
         house.overrides.set(a, ONE.services[0].backends[0], Admin.MAINT, None)
-        house.monitor.steer(a, Admin.MAINT, None)
+        house.monitor.override(a, Admin.MAINT, None)
 
     house.between = an_operator_acts
     await house.reloader.reload(ONE)

@@ -17,7 +17,7 @@ from xdplb.net.next_hops import (
     NextHopState,
     Nud,
     Route,
-    next_hop,
+    resolve,
     trouble,
     within,
 )
@@ -39,7 +39,7 @@ def neighbour(state: Nud, mac: bytes | None = ITS_MAC) -> Neighbour:
 
 
 def test_on_link_and_reachable() -> None:
-    record = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
+    record = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
     assert (record.ifindex, record.ifname, record.source_mac, record.dest_mac) == (3, "eth1", OUR_MAC, ITS_MAC)
     assert (record.state, record.via, record.source_address, record.mtu) == (
         NextHopState.REACHABLE,
@@ -50,14 +50,14 @@ def test_on_link_and_reachable() -> None:
 
 
 def test_a_gateway_is_the_way() -> None:
-    assert next_hop(BACKEND, replace(ON_LINK, gateway=GATEWAY), ETH, None).via == GATEWAY
+    assert resolve(BACKEND, replace(ON_LINK, gateway=GATEWAY), ETH, None).via == GATEWAY
 
 
 @pytest.mark.parametrize(
     ("of_route", "of_link", "expected"), [(None, 1500, 1500), (1400, 1500, 1400), (9000, 1500, 1500)]
 )
 def test_the_smaller_mtu_counts(of_route: int | None, of_link: int, expected: int) -> None:
-    assert next_hop(BACKEND, replace(ON_LINK, mtu=of_route), replace(ETH, mtu=of_link), None).mtu == expected
+    assert resolve(BACKEND, replace(ON_LINK, mtu=of_route), replace(ETH, mtu=of_link), None).mtu == expected
 
 
 @pytest.mark.parametrize(
@@ -75,45 +75,45 @@ def test_the_smaller_mtu_counts(of_route: int | None, of_link: int, expected: in
     ],
 )
 def test_neighbour_states(state: Nud, expected: NextHopState) -> None:
-    assert next_hop(BACKEND, ON_LINK, ETH, neighbour(state)).state is expected
+    assert resolve(BACKEND, ON_LINK, ETH, neighbour(state)).state is expected
 
 
 def test_what_cannot_be_reached() -> None:
-    nowhere = next_hop(BACKEND, None, None, None)
+    nowhere = resolve(BACKEND, None, None, None)
     assert (nowhere.state, nowhere.ifindex, nowhere.source_mac, nowhere.mtu) == (NextHopState.NO_ROUTE, 0, NO_MAC, 0)
-    dark = next_hop(BACKEND, ON_LINK, replace(ETH, carrier=False), neighbour(Nud.REACHABLE))
+    dark = resolve(BACKEND, ON_LINK, replace(ETH, carrier=False), neighbour(Nud.REACHABLE))
     assert dark.state is NextHopState.NO_CARRIER
-    assert next_hop(HERE, replace(ON_LINK, local=True), ETH, None).state is NextHopState.LOCAL
-    tunnel = next_hop(BACKEND, ON_LINK, replace(ETH, mac=b""), neighbour(Nud.NOARP, None))
+    assert resolve(HERE, replace(ON_LINK, local=True), ETH, None).state is NextHopState.LOCAL
+    tunnel = resolve(BACKEND, ON_LINK, replace(ETH, mac=b""), neighbour(Nud.NOARP, None))
     assert (tunnel.state, tunnel.dest_mac) == (NextHopState.FAILED, None)
 
 
 def test_a_neighbour_that_falls_silent_keeps_its_mac() -> None:
-    good = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
-    flushed = next_hop(BACKEND, ON_LINK, ETH, None, good)
+    good = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
+    flushed = resolve(BACKEND, ON_LINK, ETH, None, good)
     assert (flushed.state, flushed.dest_mac) == (NextHopState.RESOLVING, ITS_MAC)
-    back = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE, OTHER_MAC), flushed)
+    back = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE, OTHER_MAC), flushed)
     assert (back.state, back.dest_mac) == (NextHopState.REACHABLE, OTHER_MAC)
 
 
 def test_the_mac_of_another_way_is_not_kept() -> None:
-    good = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
-    assert next_hop(BACKEND, replace(ON_LINK, gateway=GATEWAY), ETH, None, good).dest_mac is None
-    assert next_hop(BACKEND, replace(ON_LINK, ifindex=4), replace(ETH, index=4), None, good).dest_mac is None
+    good = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
+    assert resolve(BACKEND, replace(ON_LINK, gateway=GATEWAY), ETH, None, good).dest_mac is None
+    assert resolve(BACKEND, replace(ON_LINK, ifindex=4), replace(ETH, index=4), None, good).dest_mac is None
 
 
 def test_failed_stays_failed_while_the_kernel_retries() -> None:
-    failed = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.FAILED, None))
-    retrying = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.INCOMPLETE, None), failed)
+    failed = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.FAILED, None))
+    retrying = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.INCOMPLETE, None), failed)
     assert retrying == failed
-    assert next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE), retrying).state is NextHopState.REACHABLE
+    assert resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE), retrying).state is NextHopState.REACHABLE
 
 
 def test_trouble_is_told_once_and_names_the_cause() -> None:
-    good = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
-    failed = next_hop(BACKEND, ON_LINK, ETH, neighbour(Nud.FAILED, None), good)
-    dark = next_hop(BACKEND, ON_LINK, replace(ETH, carrier=False), None, good)
-    gone = next_hop(BACKEND, None, None, None, good)
+    good = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.REACHABLE))
+    failed = resolve(BACKEND, ON_LINK, ETH, neighbour(Nud.FAILED, None), good)
+    dark = resolve(BACKEND, ON_LINK, replace(ETH, carrier=False), None, good)
+    gone = resolve(BACKEND, None, None, None, good)
     assert trouble(good, failed) == "10.0.0.11 does not answer on eth1"
     assert trouble(good, dark) == "eth1 has no carrier"
     assert trouble(good, gone) == "no route to 10.0.0.11 any more"
