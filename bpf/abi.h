@@ -146,7 +146,7 @@ struct backend_counters {
 	__u64 reply_bytes;
 };
 
-/* Per CPU, per service (0: no service could be named). The names are the reasons of interface.md's `drops`. */
+/* Per CPU, per service (0: no service could be named). The names are the reasons in `drops` of `xdplb stats -o json`. */
 struct drop_counters {
 	__u64 malformed;        /* headers truncated, or lengths that contradict the frame */
 	__u64 no_backend;       /* no backend serves and the service has nothing better to say */

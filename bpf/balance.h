@@ -1,5 +1,10 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* From a packet to a service to its backend, or to the end of a packet that has none. */
+/*
+ * From a packet to a service to its backend, or to the end of a packet that has none.
+ *
+ * Which backend a new flow gets: by hash, slots.h; by sequence or load, schedule.h. Which one an older flow has: flow.h. Which
+ * backends take part, and with what share, is decided by the control plane (xdplb/core/weights.py).
+ */
 #ifndef XDPLB_BALANCE_H
 #define XDPLB_BALANCE_H
 

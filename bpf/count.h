@@ -1,5 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Verdicts and their counters. Every way out of a program goes through here, so that the verdicts add up to the packets. */
+/*
+ * Verdicts and their counters. Every way out of a program goes through here, so that the verdicts add up to the packets.
+ *
+ * A new counter is a field of a struct in abi.h; Python takes its name and place from the compiled program.
+ */
 #ifndef XDPLB_COUNT_H
 #define XDPLB_COUNT_H
 

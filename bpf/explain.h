@@ -41,7 +41,7 @@ static __always_inline struct backend *explain_decision(const struct flow *flow,
 	trace->slot_word = slot;
 	trace->transition = read_transition(index);
 	trace->tick = flow->tick;
-	if (schedule(flow->service, flow->hash, &id))
+	if (backend_by_hash(flow->service, flow->hash, &id))
 		trace->scheduled = id;
 	if (find_former(flow, slot, index, &id))
 		trace->former = id;

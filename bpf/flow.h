@@ -362,7 +362,7 @@ static __always_inline struct decision recall(const struct flow *flow, __u32 slo
 	backend = former;
 	id = former_id;
 	if (flow->opening || !former)
-		backend = schedule(flow->service, flow->hash, &id);
+		backend = backend_by_hash(flow->service, flow->hash, &id);
 	if (!former) {
 		former = backend;
 		former_id = id;
@@ -398,12 +398,12 @@ static __always_inline struct backend *look_up_flow(const struct flow *flow, __u
 	if (!set)
 		return NULL;
 	if (flow->service->flags & SERVICE_STATELESS)
-		return schedule(flow->service, flow->hash, id);
+		return backend_by_hash(flow->service, flow->hash, id);
 	place = find_flow(set, flow->key);
 	backend = place < WAYS ? find_remembered(flow, *way(set, place), id) : NULL;
 	if (!backend)
 		backend = find_former(flow, slot, index, id);
-	return backend ? backend : schedule(flow->service, flow->hash, id);
+	return backend ? backend : backend_by_hash(flow->service, flow->hash, id);
 }
 
 #endif

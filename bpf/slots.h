@@ -39,10 +39,11 @@ static __always_inline struct backend *find_backend(__u32 slot, __u32 *id)
 }
 
 /*
- * The backend for a new flow. One that is down loses its flows at once, before its slots are given away: they are hashed again
- * until a slot's backend is up. The more backends are up, the fewer tries; all in vain is as good as nobody there.
+ * The backend for a new flow whose scheduler is a hash. One that is down loses its flows at once, before its slots are given
+ * away: they are hashed again until a slot's backend is up. The more backends are up, the fewer tries; all in vain is as good
+ * as nobody there.
  */
-static __always_inline struct backend *schedule(const struct service *service, __u64 hash, __u32 *id)
+static __always_inline struct backend *backend_by_hash(const struct service *service, __u64 hash, __u32 *id)
 {
 	struct backend *backend;
 

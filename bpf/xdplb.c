@@ -2,11 +2,19 @@
 /*
  * xdplb's packet path. README.md beside this file walks one packet through it.
  *
- * `xdplb` takes every packet and finishes nearly all of them; `xdplb_full` those with VLAN tags, options, extension headers
- * or fragments; `xdplb_icmp` errors about a service's flow, `xdplb_icmp_reply` those about a packet to a NAT backend;
- * `xdplb_answer` makes the balancer's own replies; `xdplb_schedule` chooses backends where no hash does; `xdplb_full_nat` is
- * that forward mode. The first calls the others (tail calls), which begin again with the frame. `xdplb_sweep` sees no packets:
- * it ages the flow cache; `xdplb_explain` sees those that the control plane makes up.
+ * Each function named xdplb* is a program. Packets meet `xdplb`, which finishes nearly all of them. The others are stages: a
+ * program goes on in one by a tail call (continue_at), and the stage begins again with the frame.
+ *
+ *   xdplb_full              the same code with all of it compiled in (`full`): VLAN tags, options, extension headers, fragments
+ *   xdplb_schedule          chooses a backend where no hash does (schedule.h)
+ *   xdplb_icmp, _icmp_reply errors about a flow of a service, or about a packet to a NAT backend
+ *   xdplb_full_nat, and its _reply, _icmp and _icmp_reply: that forward mode, both ways
+ *   xdplb_answer            makes the balancer's own replies
+ *   xdplb_sweep             sees no packet: the control plane runs it to age the flow cache
+ *   xdplb_explain           sees the packets that the control plane makes up
+ *
+ * bcc compiles all files as one (xdplb/dataplane/bundle.py): `map.lookup()` is its C. HAVE_*, STAGE_* and other constants come
+ * from xdplb/abi.py by -D; a part whose HAVE_* is 0 is not in the program.
  */
 #include "abi.h"
 #include "maps.h"

@@ -1,1 +1,1 @@
-"""Health checks: when a backend is checked, and what each kind of check does on the wire."""
+"""Health checks: when a backend is checked, and what each kind (kinds.py) does on the wire."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from xdplb.checks.endpoint import Endpoint, Perform, Progress
+from xdplb.checks.kinds import Wire
 from xdplb.checks.targets import Target
-from xdplb.checks.wire import Wire
 from xdplb.core.health import CheckResult
 from xdplb.model import Address, BackendKey, Check, CheckType
 

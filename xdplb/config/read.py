@@ -2,6 +2,8 @@
 
 The steps: `yamllines` reads the text; `parts`, with the parsers of `values`, checks the form of each part;
 `drafts` joins services with `defaults`; `rules` looks at what is only visible across parts.
+
+The text of an error about YAML is put together in `parse`, from what `yamllines` says.
 """
 
 from __future__ import annotations

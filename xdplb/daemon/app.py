@@ -36,7 +36,7 @@ from xdplb.errors import NotCapable, XdplbError
 from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config
 from xdplb.net.links import Links
 from xdplb.net.next_hops import Interface, LinkEvent
-from xdplb.paths import Instance, state_directory
+from xdplb.paths import Instance
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         if event.deleted and event.interface.index in {interface.index for interface in interfaces}:
             raise NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
 
-    overrides = Overrides(state_directory() / f"{instance.name}.steering.json")
+    overrides = Overrides.of(instance)
     monitor = BackendMonitor(links, overrides, lambda key: failover.on_change(key), on_link)
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
     reloader = Reloader(

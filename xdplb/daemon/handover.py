@@ -1,7 +1,7 @@
 """What maps that cannot be adopted leave to the ones that take their place: slots, remembered flows, counters.
 
 So another version of xdplb, or one with other sizes, breaks no connection that its predecessor kept: ids stay what they
-were, and so do slots and whatever refers to them.
+were, and so do slots and whatever refers to them. Maps of the same ABI are adopted as they are: generations.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xdplb.errors import XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Config
-from xdplb.paths import make_directory
+from xdplb.paths import Instance, make_directory, state_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,15 @@ class Overrides:
         self._path = path
         self._overrides: dict[BackendKey, Override] = {}
         self._read()
+
+    @classmethod
+    def of(cls, instance: Instance) -> Overrides:
+        """Those of an instance. An earlier version kept them in a file of another name."""
+        path = state_directory() / f"{instance.name}.overrides.json"
+        former = path.with_name(f"{instance.name}.steering.json")
+        if former.exists() and not path.exists():
+            former.replace(path)
+        return cls(path)
 
     def set(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
         """Remembers it, on disk before it returns. The file's own values need no memory."""

@@ -1,4 +1,4 @@
-"""Carries out planned operations on the maps of one generation."""
+"""Carries out planned operations on the maps of one generation. Their order is the planner's (core/planner.py)."""
 
 from __future__ import annotations
 

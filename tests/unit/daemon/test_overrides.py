@@ -11,6 +11,7 @@ import pytest
 from xdplb.daemon.overrides import Override, Overrides, fingerprint
 from xdplb.errors import XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Check, Config, Forward, Listen, Protocol, Scheduler, Service
+from xdplb.paths import Instance
 
 A = Backend("a", IPv4Address("10.0.0.1"), 80, 3)
 B = Backend("b", IPv4Address("10.0.0.2"), None)
@@ -25,7 +26,7 @@ def config(*backends: Backend, name: str = "web") -> Config:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """In a directory that does not exist yet."""
-    return tmp_path / "state" / "eth0.100.steering.json"
+    return tmp_path / "state" / "eth0.100.overrides.json"
 
 
 def held(overrides: Overrides, under: Config) -> dict[BackendKey, tuple[Admin, int | None]]:
@@ -151,3 +152,13 @@ def test_a_path_that_cannot_be_read(path: Path) -> None:
     path.mkdir(parents=True)
     with pytest.raises(XdplbError, match="cannot be read"):
         Overrides(path)
+
+
+def test_what_an_earlier_version_kept_is_taken_over(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDPLB_STATE_DIRECTORY", str(path.parent))
+    former = path.with_name("eth0.steering.json")
+    Overrides(former).set(WEB_A, A, Admin.DRAIN, None)
+    assert held(Overrides.of(Instance("eth0")), config(A)) == {WEB_A: (Admin.DRAIN, None)}
+    assert not former.exists()
+    Overrides(former).set(WEB_A, A, Admin.MAINT, None)
+    assert held(Overrides.of(Instance("eth0")), config(A)) == {WEB_A: (Admin.DRAIN, None)}, "the newer file wins"

@@ -1,4 +1,8 @@
-"""All kinds of checks by their `type`: a new kind is a file beside this one, and a line here."""
+"""All kinds of checks by their `type`.
+
+A new kind is a file beside this one, a line here, and its word in model.CheckType. Its keys go to config/parts.py, its
+reasons to core/health.py.
+"""
 
 from __future__ import annotations
 
