@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import aftermath
 import pytest
 from side_by_side import pytest_collection_modifyitems, pytest_runtest_protocol
 
@@ -39,6 +40,7 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update(LANG="C.UTF-8", TERM="xterm")
     os.umask(0o022)
+    aftermath.begin()
     with contextlib.suppress(XdplbError):  # here, for two processes of tests might both find that it is missing
         ensure_bpffs(BPFFS)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from world import PIN_ROOT, Namespace, World, open_world, set_up_interfaces
+from world import PREFIX, Namespace, World, open_world, set_up_interfaces
 
-from xdplb.dataplane import loader
+from xdplb.lab import remains
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,8 @@ def namespace(bpf_able: None) -> Iterator[Namespace]:
 @pytest.fixture(scope="session")
 def pins(bpf_able: None) -> Iterator[None]:
     """Nothing is left on bpffs, however the tests end."""
-    yield
-    loader.remove_pins(PIN_ROOT)
+    with remains.claimed(PREFIX):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.loader import Dataplane
+from xdplb.lab import remains
 from xdplb.model import (
     Admin,
     Backend,
@@ -79,7 +80,8 @@ FEATURES = abi.Features(
     outer_ipv6=True,
     tx_by_redirect=False,
 )
-PIN_ROOT = Path(f"/sys/fs/bpf/xdplb-test-{os.getpid()}")
+PREFIX = remains.new_prefix()
+PIN_ROOT = remains.PINS / PREFIX
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)

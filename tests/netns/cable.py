@@ -9,12 +9,12 @@ import contextlib
 import ctypes
 import subprocess
 import threading
-import uuid
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from xdplb.lab import remains
 from xdplb.model import Address
 
 CLONE_NEWNET = 0x40000000
@@ -61,18 +61,15 @@ class Lab:
 
 @contextlib.contextmanager
 def cabled() -> Iterator[Lab]:
-    tag = uuid.uuid4().hex[:8]
-    made = Lab(f"xdplb-gw-{tag}", f"xdplb-be-{tag}")
-    try:
+    prefix = remains.new_prefix()
+    made = Lab(f"{prefix}-gw", f"{prefix}-be")
+    with remains.claimed(prefix):
         ip(f"netns add {made.gateway}")
         ip(f"netns add {made.backend}")
         add_cable(made)
         made.gw("link set lo up")
         made.be("link set lo up")
         yield made
-    finally:
-        for name in (made.gateway, made.backend):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def add_cable(lab: Lab) -> None:

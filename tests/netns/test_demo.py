@@ -15,6 +15,7 @@ import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -66,6 +67,18 @@ class Demo:
         self.output += rest
         return self.process.returncode, errors
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Where the test did not see its end: by SIGTERM, so that its laboratory goes too."""
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=30)
+        finally:
+            self.process.kill()
+            self.process.communicate()
+
     def left(self) -> list[str]:
         """Namespaces, directories, pins, and processes that still work in one of those."""
         prefix = f"xdplb-lab-{self.process.pid}-"
@@ -95,19 +108,16 @@ def command_lines() -> Iterator[str]:
 
 @pytest.fixture
 def demo() -> Iterator[Demo]:
-    """A running one. Where the test did not see its end: by SIGTERM, so that its laboratory goes too."""
-    demo = Demo()
-    yield demo
-    demo.process.terminate()
-    demo.process.communicate(timeout=30)
+    with Demo() as running:
+        yield running
 
 
 @pytest.fixture(scope="class")
 def whole_run() -> Demo:
-    demo = Demo()
-    code, errors = demo.end()
-    assert (code, errors) == (0, ""), demo.output
-    return demo
+    with Demo() as demo:
+        code, errors = demo.end()
+        assert (code, errors) == (0, ""), demo.output
+        return demo
 
 
 class TestWholeRun:
@@ -156,8 +166,8 @@ class TestFailure:
     def test_it_asks_for_nginx(self, tmp_path: Path) -> None:
         for tool in ("ip", "nsenter", "setpriv", "ethtool", "unshare", "true"):
             (tmp_path / tool).symlink_to(str(shutil.which(tool)))
-        demo = Demo(PATH=str(tmp_path))
-        code, errors = demo.end()
+        with Demo(PATH=str(tmp_path)) as demo:
+            code, errors = demo.end()
         assert code == 6
         assert "nginx is not installed" in errors and "apt-get install nginx-light" in errors
         assert demo.left() == []
@@ -197,17 +207,17 @@ class TestTerminal:
         """The key itself, typed into a terminal of 80 columns and 24 rows."""
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        demo = Demo(theirs)
-        os.close(theirs)
         seen = ""
-        try:
-            while "request failed" not in seen:
-                seen += os.read(ours, 65536).decode(errors="replace")
-            os.write(ours, b"\x03")
-            seen += read_to_end(ours)
-        finally:
-            os.close(ours)
-            demo.process.wait(30)
+        with Demo(theirs) as demo:
+            os.close(theirs)
+            try:
+                while "request failed" not in seen:
+                    seen += os.read(ours, 65536).decode(errors="replace")
+                os.write(ours, b"\x03")
+                seen += read_to_end(ours)
+                demo.process.wait(30)
+            finally:
+                os.close(ours)
         assert demo.process.returncode == INTERRUPTED
         for column in ("SERVER", "STATE", "WEIGHT", "REQUEST/S", "SHARE", "ANSWERED", "█"):
             assert column in seen

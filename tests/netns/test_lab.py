@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -330,21 +331,36 @@ with Laboratory(backends=2) as lab:
 """
 
 
-def start_owner(*signals: str) -> subprocess.Popen[str]:
-    """A process that owns a busy laboratory and sends itself signals, each given as NUMBER@SECONDS."""
+Owner = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start_owner() -> Iterator[Callable[..., Owner]]:
+    """Starts a process that owns a busy laboratory and sends itself signals, each given as NUMBER@SECONDS."""
     environment = {**os.environ, "PYTHONPATH": str(Path(xdplb.__file__).parent.parent)}
-    return subprocess.Popen(
-        [sys.executable, "-c", BUSY_OWNER, *signals],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    with contextlib.ExitStack() as ends:
+
+        def start(*signals: str) -> Owner:
+            command = [sys.executable, "-c", BUSY_OWNER, *signals]
+            owner = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
+            ends.callback(owner.communicate)
+            ends.callback(owner.kill)
+            return owner
+
+        yield start
+
+
+def guard_of(owner: Owner) -> int:
+    """Its process id."""
+    children = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+    return next(int(pid) for pid in children if b"remains.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 class TestInterruption:
     @pytest.mark.parametrize("moment_s", [0.0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8])
-    def test_ctrl_c_twice_leaves_nothing(self, moment_s: float) -> None:
+    def test_ctrl_c_twice_leaves_nothing(self, start_owner: Callable[..., Owner], moment_s: float) -> None:
         """Some of these moments lie in the set-up, some after it; the second one in the taking down."""
         owner = start_owner(f"2@{moment_s}", f"2@{moment_s + 0.02}", f"2@{moment_s + 0.06}")
         output, errors = owner.communicate(timeout=30)
@@ -354,30 +370,57 @@ class TestInterruption:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     @pytest.mark.parametrize("moment_s", [0.05, 0.6])
-    def test_sigterm_and_sighup_leave_nothing(self, number: int, moment_s: float) -> None:
+    def test_sigterm_and_sighup_leave_nothing(
+        self, start_owner: Callable[..., Owner], number: int, moment_s: float
+    ) -> None:
         owner = start_owner(f"{int(number)}@{moment_s}")
         output, _errors = owner.communicate(timeout=30)
         assert owner.returncode == 128 + number
         assert left_by(f"xdplb-lab-{owner.pid}-") == []
         assert not any(exists(int(pid)) for pid in output.split()[1:])
 
-    def test_kill_9_ends_the_processes_and_the_next_laboratory_removes_the_rest(self) -> None:
+    def test_kill_9_leaves_nothing_either(self, start_owner: Callable[..., Owner]) -> None:
         owner = start_owner()
         assert owner.stdout is not None
         prefix, *pids = owner.stdout.readline().split()
-        assert len(pids) == 3 and all(exists(int(pid)) for pid in pids)
+        guard = guard_of(owner)
+        assert len(left_by(prefix)) == 6 and len(pids) == 3 and all(exists(int(pid)) for pid in (guard, *pids))
         owner.kill()
-        owner.communicate(timeout=30)
+        await_until(lambda: left_by(prefix) == [], "its guard has removed it")
+        await_until(lambda: not any(exists(int(pid)) for pid in (guard, *pids)), "its processes ended")
+
+    def test_where_the_guard_is_killed_too_the_next_laboratory_removes_the_rest(
+        self, start_owner: Callable[..., Owner]
+    ) -> None:
+        owner = start_owner()
+        assert owner.stdout is not None
+        prefix, *pids = owner.stdout.readline().split()
+        os.kill(guard_of(owner), signal.SIGKILL)
+        owner.kill()
         await_until(lambda: not any(exists(int(pid)) for pid in pids), "its processes ended")
-        assert len(left_by(prefix)) == 6
         with Laboratory(backends=1) as alive:
             assert left_by(prefix) == []
-            assert remove_stale() == []
+            remove_stale()
             alive.client.ping(alive.backends[0].address4)
+
+    def test_a_guard_ends_with_the_last_laboratory(self) -> None:
+        def guards() -> int:
+            return sum(b"remains.py\0%d" % os.getpid() in line for line in command_lines())
+
+        before = guards()
+        with Laboratory(backends=1), Laboratory(backends=1):
+            assert guards() == 1
+        assert guards() == before
 
     def test_a_pid_used_again_does_not_protect_what_its_former_owner_left(self) -> None:
         directory = Path(f"/run/xdplb-lab-{os.getpid()}-99999")
         directory.mkdir()
         (directory / "owner").write_text("1")
-        assert remove_stale() == [directory.name]
+        remove_stale()
         assert not directory.exists()
+
+
+def command_lines() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield path.read_bytes()

@@ -32,7 +32,6 @@ from xdplb.model import Address
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLONE_NEWNET = 0x40000000
-_MNT_DETACH = 2
 _POLL_S = 0.005
 _NOT_YET = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ENOBUFS)
 """Errors that may pass. ENOBUFS: the neighbour table, one for all namespaces of a machine (gc_thresh3), is full."""
@@ -349,9 +348,3 @@ def _set_network_namespace(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"setns: {os.strerror(code)}")
-
-
-def delete_namespace(path: Path) -> None:
-    """What `ip netns delete` does, in this process, where no signal to a child can stop it."""
-    _libc.umount2(os.fsencode(path), _MNT_DETACH)
-    path.unlink(missing_ok=True)

@@ -1,23 +1,14 @@
 """A laboratory of network namespaces on this machine: client, gateway and backends, with real traffic between them.
 
-A laboratory is known by its prefix, xdplb-lab-PID-N, and so is everything it makes outside its own namespaces:
-
-    /run/netns/PREFIX-HOST   a named network namespace for each host (`ip netns` lists them)
-    /run/PREFIX/             directories of the hosts: logs, configuration, sockets
-    /sys/fs/bpf/PREFIX/      what the gateway pins
-
 It is taken down at the end of its `with` block, whatever ends that: an exception, Ctrl-C or SIGTERM at any moment,
-set-up and taking down included. A `kill -9` ends its processes as well; what it leaves, the next laboratory removes.
+set-up and taking down included. After a `kill -9` its guard does that (remains.py), and where that was killed as well,
+the next laboratory.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import itertools
 import os
-import re
-import select
 import shutil
 import signal
 import subprocess
@@ -31,7 +22,8 @@ from types import FrameType
 from typing import ClassVar, Self
 
 from xdplb.errors import NotCapable, NotPrivileged, XdplbError
-from xdplb.lab.hosts import CommandFailed, Host, Process, await_until, delete_namespace, uninterrupted
+from xdplb.lab import remains
+from xdplb.lab.hosts import CommandFailed, Host, Process, await_until, uninterrupted
 from xdplb.lab.network import VIP4, VIP6, VIPS, Shape, Topology
 from xdplb.lab.services import BIG_BYTES, HttpLoad, HttpResult, Service, UdpEcho, WebServer
 from xdplb.model import Address, Forward
@@ -58,10 +50,6 @@ __all__ = [
     "remove_stale",
 ]
 
-_PREFIX = "xdplb-lab"
-_NAMESPACES = Path("/run/netns")
-_DIRECTORIES = Path("/run")
-_PINS = Path("/sys/fs/bpf")
 _TOOLS = {"ip": "iproute2", "nsenter": "util-linux", "setpriv": "util-linux", "ethtool": "ethtool"}
 _FATAL = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without any clean-up unless it handles them."""
@@ -120,7 +108,6 @@ class Laboratory:
     the backends fit for a forward mode.
     """
 
-    _numbers: ClassVar[itertools.count[int]] = itertools.count()
     _open: ClassVar[set[Laboratory]] = set()
 
     def __init__(
@@ -135,9 +122,9 @@ class Laboratory:
         self.topology = Topology(shape, backends, routed_client, backend_mtu)
         self.vips = tuple(ip_address(vip) for vip in vips)
         self._owner = os.getpid()
-        self.prefix = f"{_PREFIX}-{self._owner}-{next(self._numbers)}"
-        self.directory = _DIRECTORIES / self.prefix
-        self.pins = _PINS / self.prefix
+        self.prefix = remains.new_prefix()
+        self.directory = remains.DIRECTORIES / self.prefix
+        self.pins = remains.PINS / self.prefix
         self.hosts = {name: self._host(name) for name in self.topology.hosts}
         self.client = self.hosts["client"]
         self.gateway = self._gateway()
@@ -146,7 +133,9 @@ class Laboratory:
         self.backends = tuple(self.hosts[name] for name in self.topology.backend_names)
 
     def _host(self, name: str, kind: type[Host] = Host) -> Host:
-        return kind(name, _NAMESPACES / f"{self.prefix}-{name}", self.directory / name, self.topology.ports(name))
+        return kind(
+            name, remains.NAMESPACES / f"{self.prefix}-{name}", self.directory / name, self.topology.ports(name)
+        )
 
     def _gateway(self) -> Gateway:
         gateway = self._host("gateway", Gateway)
@@ -178,6 +167,8 @@ class Laboratory:
         """From here on an interruption leads to `close()`: by the `with` block, or else when the interpreter exits."""
         self._open.add(self)
         atexit.register(self.close)
+        with uninterrupted():
+            remains.guard.add(self.prefix)
         if threading.current_thread() is threading.main_thread():
             for number in _FATAL:
                 if signal.getsignal(number) is signal.SIG_DFL:
@@ -188,7 +179,7 @@ class Laboratory:
         with uninterrupted():
             for host in self.hosts.values():
                 host.directory.mkdir(parents=True)
-            (self.directory / "owner").write_text(_start_time(self._owner))
+            (self.directory / "owner").write_text(remains.start_time(self._owner))
             _mount_bpffs()
         with uninterrupted():
             _ip_batch([f"netns add {host.namespace.name}" for host in self.hosts.values()])
@@ -215,6 +206,7 @@ class Laboratory:
                     self._stop_processes()
                 finally:
                     _dismantle(self.prefix)
+                    remains.guard.remove(self.prefix)
                     self._open.discard(self)
                     atexit.unregister(self.close)
         finally:
@@ -225,10 +217,8 @@ class Laboratory:
 
     def remains(self) -> list[str]:
         """What there is of it on this machine, processes by name; nothing once it is closed."""
-        places = (_NAMESPACES, _DIRECTORIES, _PINS)
-        paths = [path for place in places for path in (place / self.prefix, *place.glob(f"{self.prefix}-*"))]
         running = [process.name for host in self.hosts.values() for process in host.processes if process.running]
-        return [*(str(path) for path in paths if path.exists()), *running]
+        return [*map(str, remains.left(self.prefix)), *running]
 
     def _stop_processes(self) -> None:
         """All are asked at once, then awaited, the latest first."""
@@ -254,83 +244,25 @@ def check_able() -> None:
 
 def remove_stale() -> list[str]:
     """Removes what laboratories of dead processes left behind. Returns their prefixes."""
-    remains = [*_NAMESPACES.glob(f"{_PREFIX}-*"), *_DIRECTORIES.glob(f"{_PREFIX}-*"), *_PINS.glob(f"{_PREFIX}-*")]
-    names = (re.match(rf"({_PREFIX}-(\d+)-\d+)(?:-|$)", path.name) for path in remains)
-    owners = {name[1]: int(name[2]) for name in names if name}
-    stale = sorted(prefix for prefix, pid in owners.items() if not _owner_lives(prefix, pid))
+    stale = remains.stale()
     for prefix in stale:
         with uninterrupted():
             _dismantle(prefix)
     return stale
 
 
-def _owner_lives(prefix: str, pid: int) -> bool:
-    """Whether the process that made the laboratory is alive, and not another one that got its pid."""
-    started = _start_time(pid)
-    with contextlib.suppress(FileNotFoundError):
-        return started != "" and started == (_DIRECTORIES / prefix / "owner").read_text()
-    return started != ""
-
-
-def _start_time(pid: int) -> str:
-    """Field 22 of /proc/PID/stat (proc_pid_stat(5)); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
 def _dismantle(prefix: str) -> None:
-    """Removes everything known by this prefix; its directory last, for that says whose it is."""
-    namespaces = list(_NAMESPACES.glob(f"{prefix}-*"))
-    _kill_processes_in(namespaces)
-    shutil.rmtree(_PINS / prefix, ignore_errors=True)
-    for namespace in namespaces:
-        delete_namespace(namespace)
-    if (_PINS / prefix).exists():
-        raise XdplbError(f"laboratory {prefix}: {_PINS / prefix} could not be removed")
-    shutil.rmtree(_DIRECTORIES / prefix, ignore_errors=True)
-
-
-def _kill_processes_in(namespaces: Sequence[Path]) -> None:
-    """Kills, and awaits the end of, every process of these network namespaces, those that daemonised too."""
-    identities = {(status.st_dev, status.st_ino) for status in map(Path.stat, namespaces)}
-    while pids := [pid for pid in _pids() if pid != os.getpid() and _network_identity(pid) in identities]:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                _kill(pid, identities)
-
-
-def _kill(pid: int, identities: set[tuple[int, int]]) -> None:
-    """Looks again once it holds the process: the pid alone may have become another's."""
-    handle = os.pidfd_open(pid)
-    try:
-        if _network_identity(pid) in identities:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            select.select([handle], [], [], 1.0)
-    finally:
-        os.close(handle)
-
-
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-
-
-def _network_identity(pid: int) -> tuple[int, int] | None:
-    """None for one that has ended, or that root may not look into and which therefore is not from here."""
-    try:
-        status = Path(f"/proc/{pid}/ns/net").stat()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return None
-    return status.st_dev, status.st_ino
+    remains.dismantle(prefix)
+    if left := remains.left(prefix):
+        raise XdplbError(f"laboratory {prefix}: {left[0]} could not be removed")
 
 
 def _mount_bpffs() -> None:
     mounts = Path("/proc/self/mounts").read_text().splitlines()
-    if not any(line.split()[1:3] == [str(_PINS), "bpf"] for line in mounts):
-        mounted = _run(["mount", "-t", "bpf", "bpf", str(_PINS)])
+    if not any(line.split()[1:3] == [str(remains.PINS), "bpf"] for line in mounts):
+        mounted = _run(["mount", "-t", "bpf", "bpf", str(remains.PINS)])
         if mounted.returncode != 0:
-            raise NotCapable(f"cannot mount a BPF file system on {_PINS}: {mounted.stderr.strip()}")
+            raise NotCapable(f"cannot mount a BPF file system on {remains.PINS}: {mounted.stderr.strip()}")
 
 
 def _ip_batch(lines: Sequence[str]) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from flowlab import FEATURES, GEOMETRY, PIN_ROOT, Lab, loaded, service
+from flowlab import FEATURES, GEOMETRY, PREFIX, Lab, loaded, service
 
-from xdplb.dataplane.loader import remove_pins
+from xdplb.lab import remains
 
 
 @pytest.fixture(scope="session")
 def flow_pins(bpf_able: None) -> Iterator[None]:
     """Nothing is left on bpffs, however the tests end."""
-    yield
-    remove_pins(PIN_ROOT)
+    with remains.claimed(PREFIX):
+        yield
 
 
 @pytest.fixture(scope="session")

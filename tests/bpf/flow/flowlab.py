@@ -4,7 +4,6 @@ address of a frame to which of them it went.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
+from xdplb.lab import remains
 from xdplb.model import (
     Admin,
     Backend,
@@ -64,7 +63,8 @@ FEATURES = Features(
     times=STILL,
 )
 GEOMETRY = Geometry(services=16, backends=2048, slots=1 << 18, address_buckets=64, intervals=1024, flow_sets=4096)
-PIN_ROOT = Path(f"/sys/fs/bpf/xdplb-flows-{os.getpid()}")
+PREFIX = remains.new_prefix()
+PIN_ROOT = remains.PINS / PREFIX
 
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 DROP, TX = 1, 3
