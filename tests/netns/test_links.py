@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
-from cable import GATEWAY6, Lab, cabled, libc
+from cable import GATEWAY6, TIMEOUT_S, Lab, cabled, libc
 
 from xdplb.errors import ForeignProgram, NotCapable
 from xdplb.model import Address, AttachMode
@@ -205,14 +205,20 @@ def test_what_an_interface_says(lab: Lab) -> None:
     lab.run(test)
 
 
+async def becomes_local(links: Links, address: Address) -> None:
+    """For IPv6 the kernel adds this route from a work queue (addrconf_dad_work), a moment after the address."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while (route := await links.route(address)) is None or not route.local:
+            pass
+
+
 @pytest.mark.parametrize("vip", [VIP4, VIP6])
 def test_a_vip_comes_and_goes(lab: Lab, vip: Address) -> None:
     async def test() -> None:
         async with Links() as links:
             index = (await links.interface("gw0")).index
             assert await links.add_address(index, vip)
-            route = await links.route(vip)
-            assert route is not None and route.local
+            await becomes_local(links, vip)
             listener = await asyncio.start_server(lambda reader, writer: writer.close(), str(vip), 8080)
             listener.close()
             assert not await links.add_address((await links.interface("lo")).index, vip)
