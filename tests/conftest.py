@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aftermath
 import pytest
+from hypothesis import HealthCheck, settings
 from side_by_side import pytest_collection_modifyitems, pytest_runtest_protocol
 
 from xdplb.dataplane.loader import BPFFS, ensure_bpffs, load_programs
@@ -30,6 +31,18 @@ _PRIVATE = re.compile(
 )
 """Variables by which a user, a terminal or a service manager changes what programs do or print."""
 
+settings.register_profile(
+    "the same examples",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+"""No test fails because the machine is busy, or because other examples were drawn than last time."""
+settings.register_profile("others", settings.get_profile("the same examples"), derandomize=False)
+"""For whoever searches: `--hypothesis-profile=others`."""
+
 _PROBE = "int probe(struct xdp_md *ctx) { return XDP_PASS; }"
 
 
@@ -40,6 +53,7 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update(LANG="C.UTF-8", TERM="xterm")
     os.umask(0o022)
+    settings.load_profile("the same examples")
     aftermath.begin()
     with contextlib.suppress(XdplbError):  # here, for two processes of tests might both find that it is missing
         ensure_bpffs(BPFFS)

@@ -251,7 +251,7 @@ def test_decap(open_decap: Decap, strict_decap: Decap, case: Case) -> None:
             assert reference.faults(out) == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(identity=st.integers(0, 0xFFFF), under=st.sampled_from([ECT1, ECT0, CE]), over=st.integers(0, 3))
 def test_the_checksum_follows_the_congestion_mark_whatever_it_was(
     open_decap: Decap, identity: int, under: int, over: int
@@ -281,7 +281,7 @@ def test_the_checksum_follows_the_congestion_mark_at_its_edges(
     assert out[14:] == raw(wanted)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     version=st.sampled_from([4, 6]),
     name=st.sampled_from(["ipip", "gue"]),

@@ -191,7 +191,7 @@ def _mutations() -> st.SearchStrategy[Callable[[bytes], bytes]]:
     return st.builds(change, st.integers(0, 120), st.integers(0, 255))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(
     name=st.sampled_from(sorted(whole_packets())),
     mutations=st.lists(_mutations(), max_size=4),
@@ -210,7 +210,7 @@ def test_no_mutation_of_a_packet_aborts_and_every_packet_is_counted_once(
 WHOLE = whole_packets()
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     ether_type=st.sampled_from([0x0800, 0x86DD, 0x8100, 0x88A8, 0x0806, 0x1234]),
     body=st.binary(max_size=200),
@@ -220,7 +220,7 @@ def test_no_garbage_aborts_and_every_packet_is_counted_once(world: World, ether_
     _counted_once(world, bytes(12) + word(ether_type) + body)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     version=st.sampled_from([4, 6]),
     protocol=st.sampled_from([0, 1, 6, 17, 43, 44, 58, 60]),

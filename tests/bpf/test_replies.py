@@ -226,7 +226,7 @@ PORTS = st.integers(1, 65535)
 
 @pytest.mark.parametrize("version", [4, 6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(client_port=PORTS, payload=st.binary(max_size=64), traffic_class=st.integers(0, 255), flags=st.integers(0, 63))
 def test_the_way_back_undoes_nat_checksums_included(
     world: World, version: int, protocol: str, client_port: int, payload: bytes, traffic_class: int, flags: int

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xdplb import abi
@@ -143,7 +143,6 @@ def ports_of_interest(claims: Sequence[Claim]) -> set[int]:
     return {near for port in bounds for near in (port - 1, port, port + 1) if 0 <= near <= 65535} | {0, 65535}
 
 
-@settings(deadline=None)
 @given(CLAIMS, CLAIMS, st.integers(0, 1), st.text(max_size=4))
 def test_the_packet_path_finds_the_owner_of_every_port(
     services: list[Claim], replies: list[Claim], half: int, secret: str

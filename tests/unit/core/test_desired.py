@@ -318,7 +318,7 @@ def shared_by_pairs(config: Config) -> set[BackendKey]:
     return shared
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(nat_configs())
 def test_shared_backends_are_those_whose_replies_do_not_name_the_service(config: Config) -> None:
     assert shared_backends(config) == shared_by_pairs(config)

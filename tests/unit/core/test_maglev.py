@@ -132,13 +132,13 @@ def test_quotas_give_what_is_left_to_the_largest_remainders_and_to_the_first_of_
     assert maglev.quotas([10, 1, 10], 128).tolist() == [61, 6, 61]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(crowds, SIZES)
 def test_build_is_its_definition(members: list[Member], size: int) -> None:
     assert maglev.build(members, size).tolist() == Reference([0] * size, members).repaired()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(histories, SIZES)
 def test_repair_is_its_definition(history: list[list[int]], size: int) -> None:
     table = np.zeros(size, np.uint32)

@@ -43,7 +43,7 @@ from xdplb.model import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(history=st.lists(worlds(), min_size=2, max_size=4))
 def test_a_plan_cut_anywhere_is_sound_and_converges_when_planned_again(history: list[World]) -> None:
     machine = Machine()
@@ -64,7 +64,7 @@ def test_a_plan_cut_anywhere_is_sound_and_converges_when_planned_again(history: 
         machine = whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(before=worlds(), after=worlds(), third=worlds())
 def test_a_plan_cut_anywhere_can_be_given_up_for_another(before: World, after: World, third: World) -> None:
     machine = Machine()
@@ -76,7 +76,7 @@ def test_a_plan_cut_anywhere_can_be_given_up_for_another(before: World, after: W
             given_up.assert_is(goal)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(world=worlds(), verdicts=st.lists(st.tuples(st.integers(0, 14), statuses), max_size=8), data=st.data())
 def test_verdicts_are_planned_service_by_service_and_sound_at_each_step(
     world: World, verdicts: list[tuple[int, BackendStatus]], data: st.DataObject
@@ -94,7 +94,7 @@ def test_verdicts_are_planned_service_by_service_and_sound_at_each_step(
     machine.assert_is(world)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(before=worlds(), after=worlds())
 def test_whoever_goes_down_does_so_before_any_slot_changes_and_before_anybody_comes_up(
     before: World, after: World

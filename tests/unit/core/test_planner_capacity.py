@@ -70,7 +70,7 @@ def test_everything_freed_is_used_again() -> None:
         assert not (machine.maps.services or machine.maps.backends or machine.applied.services)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     history=st.lists(st.tuples(worlds(), st.integers(1, 40)), min_size=1, max_size=6),
     slots=st.sampled_from([512, 1024, 2048]),
@@ -89,7 +89,7 @@ def test_running_out_and_being_cut_short_leave_something_sound_from_which_less_i
     machine.assert_is(least)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.sampled_from([1, 2, 5]), min_size=8, max_size=16), order=st.randoms(use_true_random=False))
 def test_maps_of_twice_the_size_can_be_filled_anew_from_the_start(sizes: list[int], order: Random) -> None:
     """Whatever the order of large and small tables, and though no name stays."""

@@ -100,7 +100,6 @@ def test_every_feature_and_size_reaches_the_compiler() -> None:
 sizes = st.lists(st.integers(1, 40), max_size=40)
 
 
-@settings(deadline=None)
 @given(sizes)
 @example([40] * 60)
 def test_the_geometry_of_a_configuration_holds_it_twice_over(counts: list[int]) -> None:
@@ -114,7 +113,6 @@ def test_the_geometry_of_a_configuration_holds_it_twice_over(counts: list[int]) 
     assert size.intervals >= 2 * (2 * (len(counts) + sum(counts))) - 1
 
 
-@settings(deadline=None)
 @given(sizes)
 def test_all_but_services_are_powers_of_two(counts: list[int]) -> None:
     size = geometry(config(*counts))
@@ -123,7 +121,7 @@ def test_all_but_services_are_powers_of_two(counts: list[int]) -> None:
             assert getattr(size, field.name).bit_count() == 1, field.name
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(small=sizes, more=sizes, other=sizes, data=st.data())
 def test_what_fits_does_so_with_less_and_in_more(
     small: list[int], more: list[int], other: list[int], data: st.DataObject
