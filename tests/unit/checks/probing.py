@@ -112,7 +112,7 @@ async def serving(handle: Handle, host: str = "127.0.0.1", tls: ssl.SSLContext |
         server.close()
         await asyncio.sleep(0)  # connections just accepted get their handlers
         while handlers:
-            await asyncio.gather(*handlers)
+            await handlers.pop()
 
 
 class HttpServer:
