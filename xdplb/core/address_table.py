@@ -14,6 +14,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,7 +173,7 @@ def _flatten(claims: Sequence[Claim], addresses: Sequence[int]) -> _Pieces:
 
 def _refuse_nonsense(claims: Sequence[Claim], sensible: NDArray[np.bool_]) -> None:
     if not sensible.all():
-        raise ValueError(f"not a range of ports with a target: {claims[int(sensible.argmin())]}")
+        raise ValueError(f"not a range of ports with a target: {claims[int(np.flatnonzero(~sensible)[0])]}")
 
 
 def _join(cuts: Integers, owner: Integers) -> _Pieces:
@@ -211,7 +212,9 @@ def _write_runs(records: Records, place: _Place, pieces: _Pieces, base: int) -> 
 def _place(words: Words, buckets: int, key: HashKey) -> _Place:
     mask = np.uint64(buckets - 1)
     hashes = _hash_addresses(words, key)
-    table = _Cuckoo((hashes & mask).tolist(), (hashes >> np.uint64(32) & mask).tolist(), buckets)
+    first: Any = (hashes & mask).tolist()  # the type of tolist() differs between releases of NumPy
+    second: Any = (hashes >> np.uint64(32) & mask).tolist()
+    table = _Cuckoo(first, second, buckets)
     for address in range(len(words)):
         table.insert(address)
     held = np.array(table.held, np.int64)

@@ -179,8 +179,8 @@ def _ranks(slots: Indices, owner: Indices, size: int, crowd: _Crowd, members: In
     ids = crowd.ids[members]
     offset[ids], skip = crowd.permutations(members)
     inverse[ids] = _inverse(skip)
-    rank = (_gather(slots.astype(np.uint32), size) - offset[owner]) * inverse[owner] & np.uint32(size - 1)
-    return rank.astype(np.intp)
+    rank: NDArray[np.uint32] = (_gather(slots.astype(np.uint32), size) - offset[owner]) * inverse[owner]
+    return (rank & np.uint32(size - 1)).astype(np.intp)
 
 
 @dataclass(frozen=True, slots=True)

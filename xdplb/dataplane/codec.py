@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ _CODES = {"u1": "B", "u2": "H", "u4": "I", "u8": "Q", "i4": "i", "i8": "q"}
 class Codec:
     """Encodes values for one struct. Fields called `pad` are zero and may not be given."""
 
-    def __init__(self, dtype: np.dtype) -> None:
+    def __init__(self, dtype: np.dtype[Any]) -> None:
         if dtype.names is None:
             raise TypeError(f"{dtype} is not a struct")
         self.size = dtype.itemsize
@@ -63,7 +64,7 @@ def _shape(codes: list[str]) -> tuple[type, int]:
     return int, sum(map(len, codes))
 
 
-def _codes(field: np.dtype) -> Iterator[str]:
+def _codes(field: np.dtype[Any]) -> Iterator[str]:
     if field.names is not None:
         for name in field.names:
             yield from _codes(field.fields[name][0])  # type: ignore[index]
