@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY
 from stage import (
     FAST_CHECK,
     NO_CHECK,
@@ -207,7 +208,7 @@ def test_only_root_and_the_group_may_talk_to_it(lab: Laboratory, balancer: Balan
     balancer.up(web(lab))
     for path in (lab.directory, lab.gateway.directory):
         path.chmod(0o755)
-    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "xdplb"]
+    as_nobody = [*AS_NOBODY, sys.executable, "-m", "xdplb"]
     refused = lab.gateway.run([*as_nobody, "status"], check=False)
     assert refused.returncode == 5 and "sudo" in refused.stderr
     refused = lab.gateway.run([*as_nobody, "up", "eth0", "-c", str(balancer.file)], check=False)
