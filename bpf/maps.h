@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * All maps. PIN(name) is their place on bpffs, under a hash of this ABI; they outlive the daemon there. Everything that is
- * not per CPU and not an LRU is BPF_F_MMAPABLE: the control plane writes it as memory.
+ * All maps. PIN(name) is their place on bpffs, under a hash of this ABI; they outlive the daemon there. PIN_OF_PROGRAM(name) is
+ * a place for each loaded program: stages that two programs share would be those of the later one. Everything that is not per
+ * CPU and not an LRU is BPF_F_MMAPABLE: the control plane writes it as memory.
  */
 #ifndef XDPLB_MAPS_H
 #define XDPLB_MAPS_H
@@ -44,6 +45,6 @@ BPF_TABLE_PINNED("lru_hash", struct nat_flow_key, __u32, nat_flows, NAT_FLOWS, P
 BPF_TABLE_PINNED("array", __u32, __u32, direct_seen, BACKENDS + 1, PIN("direct_seen"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
-BPF_TABLE_PINNED("prog", __u32, __u32, stages, STAGE_COUNT, PIN("stages"), 0);
+BPF_TABLE_PINNED("prog", __u32, __u32, stages, STAGE_COUNT, PIN_OF_PROGRAM("stages"), 0);
 
 #endif

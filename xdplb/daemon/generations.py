@@ -95,17 +95,30 @@ class Generations:
 
         Maps that fit by numbers may still not do: free slots lie scattered, or addresses get in each other's way.
         """
-        if not requirements.fits(config, engine.plane.geometry):
-            engine = await self._larger(engine, config)
-        for _ in range(_GROWTHS):
-            try:
-                engine.rehearse(config)
-                return engine
-            except CapacityExceeded as error:
-                log.info("the maps have no room for %s: making them larger", error)
-                engine = await self._larger(engine, config)
-        engine.rehearse(config)
-        return engine
+        roomy = engine
+        try:
+            if not requirements.fits(config, engine.plane.geometry):
+                roomy = await self._in_place_of(roomy, engine, config)
+            for _ in range(_GROWTHS):
+                try:
+                    roomy.rehearse(config)
+                    return roomy
+                except CapacityExceeded as error:
+                    log.info("the maps have no room for %s: making them larger", error)
+                    roomy = await self._in_place_of(roomy, engine, config)
+            roomy.rehearse(config)
+            return roomy
+        except BaseException:
+            if roomy is not engine:
+                roomy.plane.discard(engine.plane)
+            raise
+
+    async def _in_place_of(self, tried: Engine, given: Engine, config: Config) -> Engine:
+        """Larger maps than those that were tried; these go, unless they are the given ones."""
+        larger = await self._larger(tried, config)
+        if tried is not given:
+            tried.plane.discard(larger.plane)
+        return larger
 
     async def _larger(self, engine: Engine, config: Config) -> Engine:
         """New maps that hold `config` and all that the present ones hold. Nothing is attached yet."""
@@ -131,7 +144,8 @@ class Generations:
             self._left_behind = None
 
     def forget_others(self, engine: Engine) -> None:
-        """Removes the pins of all other generations, those of an interrupted change included."""
+        """Removes the pins of all other generations and programs, those of an interrupted change included."""
+        engine.plane.forget_other_programs()
         for entry in self._instance.pins.iterdir():
             if entry.is_dir() and entry != engine.plane.pins:
                 remove_pins(entry)

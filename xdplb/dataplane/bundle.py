@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,11 +63,22 @@ def map_names() -> tuple[str, ...]:
     return tuple(re.findall(r'PIN\("(\w+)"\)', (source_directory() / "maps.h").read_text(encoding="utf-8")))
 
 
-def compiler_flags(definitions: Mapping[str, int], key: HashKey, pin_directory: Path) -> list[str]:
-    """What bcc gets as `cflags`: the definitions, the hash's key and where maps are pinned."""
+def pin_of_program(pins: Path, name: str, program: str) -> Path:
+    """Where a map is pinned that belongs to one loaded program alone."""
+    return pins / f"{name}-{program}"
+
+
+def compiler_flags(
+    definitions: Mapping[str, int], key: HashKey, pin_directory: Path, program: str | None = None
+) -> list[str]:
+    """What bcc gets as `cflags`: the definitions, the hash's key and where maps are pinned. `program` tells this load
+    apart from others on the same maps; without, it is drawn.
+    """
     flags = [f"-D{name}={value}" for name, value in definitions.items()]
     flags += [f"-DHASH_SEED={key.seed}ULL", f"-DHASH_FACTOR={key.factor}ULL"]
-    return [*flags, f'-DPIN(name)="{pin_directory}/" name', "-O2", "-Wall", "-Wno-unused-function"]
+    flags.append(f'-DPIN(name)="{pin_directory}/" name')
+    flags.append(f'-DPIN_OF_PROGRAM(name)="{pin_directory}/" name "-{program or secrets.token_hex(4)}"')
+    return [*flags, "-O2", "-Wall", "-Wno-unused-function"]
 
 
 def program_source(name: str = "xdplb.c") -> str:

@@ -7,6 +7,7 @@ of their ABI. Opening it where such maps are pinned already adopts them with all
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -32,6 +33,8 @@ SWEEP = "xdplb_sweep"
 EXPLAIN = "xdplb_explain"
 _STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
 COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_counters")
+STAGES = "stages"
+"""The map of programs that tail calls go to."""
 BPFFS = Path("/sys/fs/bpf")
 
 
@@ -52,13 +55,20 @@ class Dataplane:
     """Programs and maps of one generation. Closing it leaves pins and attachments in place."""
 
     def __init__(
-        self, bpf: Any, programs: dict[str, int], geometry: abi.Geometry, features: abi.Features, pins: Path
+        self,
+        bpf: Any,
+        programs: dict[str, int],
+        geometry: abi.Geometry,
+        features: abi.Features,
+        pins: Path,
+        stages_pin: Path,
     ) -> None:
         self._bpf = bpf
         self.programs = programs
         self.geometry = geometry
         self.features = features
         self.pins = pins
+        self._stages_pin = stages_pin
         self.services = self._table("services")
         self.backends = self._table("backends")
         self.addresses = self._structs("addresses")
@@ -118,6 +128,20 @@ class Dataplane:
         run = syscall.test_run(self.programs[EXPLAIN], frame, ingress_ifindex=ifindex)
         return Trace.read(self._traces[0], run.verdict, frame, run.packet)
 
+    def forget_other_programs(self) -> None:
+        """Removes what belonged to programs that ran on these maps before this one did."""
+        for pin in self.pins.glob(f"{STAGES}*"):
+            if pin != self._stages_pin:
+                pin.unlink()
+
+    def discard(self, kept: Dataplane) -> None:
+        """Closes a generation that is not to be attached, and removes what `kept` does not need."""
+        if self.pins == kept.pins:
+            self._stages_pin.unlink(missing_ok=True)
+        else:
+            self.unpin()
+        self.close()
+
     def unpin(self) -> None:
         """Removes this generation's pins; the maps live on while programs use them."""
         shutil.rmtree(self.pins, ignore_errors=True)
@@ -148,13 +172,14 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey,
     """
     ensure_bpffs(pins)
     definitions = abi.defines(features, geometry)
-    flags = bundle.compiler_flags(definitions, key, pins)
+    program = secrets.token_hex(4)
+    flags = bundle.compiler_flags(definitions, key, pins, program)
     _refuse_foreign_pins(pins)
     bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, *_STAGES.values()])
     _refuse_other_sizes(bpf, pins)
-    plane = Dataplane(bpf, programs, geometry, features, pins)
+    plane = Dataplane(bpf, programs, geometry, features, pins, bundle.pin_of_program(pins, STAGES, program))
     for stage, name in _STAGES.items():
-        syscall.update(plane.fd("stages"), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
+        syscall.update(plane.fd(STAGES), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
     return plane
 
 
