@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdplb.errors import DaemonUnreachable, UsageError
+from xdplb.errors import DaemonUnreachable, UsageError, XdplbError
 
 _INTERFACE = re.compile(r"[^\s/:\x00]{1,15}")
 """What the kernel takes as a name (dev_valid_name in net/core/dev.c)."""
@@ -108,3 +109,23 @@ def make_directory(path: Path) -> None:
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)
         directory.chmod(0o755)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Puts `text` in the place of what the file held. Whatever happens meanwhile, a power cut too, it is whole: the old
+    or the new. XdplbError, which leaves the old.
+    """
+    fresh = path.with_suffix(".new")
+    try:
+        make_directory(path.parent)
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise XdplbError(
+            f"{path} cannot be written: {error.strerror or error}", f"look at the disk: df -h {path.parent}"
+        ) from error

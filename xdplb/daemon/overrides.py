@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xdplb.errors import XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Config
-from xdplb.paths import Instance, make_directory, state_directory
+from xdplb.paths import Instance, replace_file, state_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,14 @@ class Overrides:
         return cls(path)
 
     def set(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
-        """Remembers it, on disk before it returns. The file's own values need no memory."""
-        if admin is Admin.ACTIVE and weight is None:
-            self._overrides.pop(key, None)
-        else:
-            self._overrides[key] = Override(admin, weight, fingerprint(backend))
-        self._write()
+        """Remembers it, on disk before it returns. The file's own values need no memory.
+
+        XdplbError where it cannot be written: then nothing is remembered of it, now or later.
+        """
+        wanted = {name: override for name, override in self._overrides.items() if name != key}
+        if admin is not Admin.ACTIVE or weight is not None:
+            wanted[key] = Override(admin, weight, fingerprint(backend))
+        self._keep(wanted)
 
     def held(self, config: Config) -> dict[BackendKey, Override]:
         """The overrides that hold under `config`: not those of backends that the file changed since."""
@@ -55,11 +57,10 @@ class Overrides:
         return {k: s for k, s in self._overrides.items() if k in backends and fingerprint(backends[k]) == s.written}
 
     def forget_others(self, config: Config) -> None:
-        """Forgets those that do not hold under `config`, which is in force now."""
+        """Forgets those that do not hold under `config`, which is in force now. XdplbError as above."""
         held = self.held(config)
         if held != self._overrides:
-            self._overrides = held
-            self._write()
+            self._keep(held)
 
     def _read(self) -> None:
         try:
@@ -76,11 +77,7 @@ class Overrides:
                 "remove it: what was drained or re-weighted by hand is forgotten then",
             ) from error
 
-    def _write(self) -> None:
-        make_directory(self._path.parent)
-        fresh = self._path.with_suffix(".new")
-        overrides = {
-            str(key): [override.admin, override.weight, override.written] for key, override in self._overrides.items()
-        }
-        fresh.write_text(json.dumps(overrides), encoding="utf-8")
-        fresh.replace(self._path)
+    def _keep(self, overrides: dict[BackendKey, Override]) -> None:
+        told = {str(key): [kept.admin, kept.weight, kept.written] for key, kept in overrides.items()}
+        replace_file(self._path, json.dumps(told))
+        self._overrides = overrides

@@ -13,6 +13,7 @@ from typing import Any
 
 from xdplb.abi import FlowTimes, Geometry
 from xdplb.errors import XdplbError
+from xdplb.paths import replace_file
 
 VERSION = 1
 
@@ -55,9 +56,8 @@ class Manifest:
     version: int = VERSION
 
     def save(self, path: Path) -> None:
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        fresh.replace(path)
+        """XdplbError where it cannot be written; what the file held is still there then."""
+        replace_file(path, json.dumps(asdict(self)))
 
     @property
     def times(self) -> FlowTimes | None:
