@@ -19,6 +19,11 @@ class Target:
     server_host: str | None = None
 
     @property
+    def place(self) -> str:
+        """What a verdict is about, whatever the check: another place is another server."""
+        return f"{self.address} {self.port}"
+
+    @property
     def endpoint(self) -> Endpoint:
         """What to check. Targets with the same endpoint are checked by one probe."""
         speaks_http = self.check.type in (CheckType.HTTP, CheckType.HTTPS)

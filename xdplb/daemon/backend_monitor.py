@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from xdplb.checks.endpoint import Perform
 from xdplb.checks.scheduler import Prober
@@ -20,9 +20,9 @@ from xdplb.core.slow_start import SlowStart
 from xdplb.core.status import BackendStatus, Statuses
 from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest
-from xdplb.model import Address, Admin, BackendKey, Config, HealthState
+from xdplb.model import Address, Admin, BackendKey, CheckType, Config, HealthState
 from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
-from xdplb.net.next_hops import LinkEvent, NextHopState, Resolution, way_of
+from xdplb.net.next_hops import LinkEvent, NextHopState, Resolution, next_hop_of
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,22 @@ FIRST_VERDICTS_S = 5.0
 """How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
 
 RAMP_EVERY_S = 1.0
+
+
+_AHEAD = " "
+"""Before the service's name in the keys of candidates: no service's name begins so."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A backend of a configuration that is not in force yet."""
+
+    target: Target
+    health: Health
+
+
+def _as_candidate(key: BackendKey) -> BackendKey:
+    return BackendKey(_AHEAD + key.service, key.backend)
 
 
 class BackendMonitor:
@@ -54,6 +70,7 @@ class BackendMonitor:
         self._prober = Prober(self._on_result, self._next_interval, perform=perform, max_in_flight=4096)
         self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
         self._targets: Targets = {}
+        self._candidates: dict[BackendKey, _Candidate] = {}
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._lost: set[Address] = set()
         self._news = asyncio.Event()
@@ -67,76 +84,118 @@ class BackendMonitor:
             tasks.create_task(self._ramp_up())
 
     def follow(self, config: Config, left: Manifest | None = None) -> None:
-        """Exactly the backends of `config` from now on. `left`: what an earlier daemon knew of their health."""
+        """Exactly the backends of `config` from now on. `left`: what an earlier daemon knew of their health.
+
+        A verdict counts until there is a new one, as long as it is about the same address and port.
+        """
         self.statuses.follow(config)
-        self._watch(targets(config))
+        before, known = self._targets, self.health
+        self._targets = targets(config)
+        self.health = {key: self._inherited(key, target, before, known) for key, target in self._targets.items()}
+        if left is not None:
+            self._take_over(left)
+        self._forget_candidates()
         members = None if left is None else {name: service.backends for name, service in left.services.items()}
         joining = self._slow_start.follow(config, members)
-        for key in self.health.keys() - self._targets.keys():
-            del self.health[key]
         overrides = self._overrides.held(config)
         for key, target in self._targets.items():
-            known = self.health[key]
-            if left is not None and str(key) in left.health and known.state is HealthState.UNKNOWN:
-                state, reason, since = left.health[str(key)]
-                known = self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
-            way = way_of(self._watcher.records.get(target.address))
+            next_hop = next_hop_of(self._watcher.records.get(target.address))
             override = overrides.get(key)
             admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
-            before = BackendStatus() if key in joining else self.statuses.get(key)
-            status = BackendStatus(known.state, admin, weight, way)
-            self.statuses.set(key, self._slow_start.step(key, before, status, time.monotonic()))
+            status_before = BackendStatus() if key in joining else self.statuses.get(key)
+            status = BackendStatus(self.health[key].state, admin, weight, next_hop)
+            self.statuses.set(key, self._slow_start.step(key, status_before, status, time.monotonic()))
+
+    def _inherited(
+        self, key: BackendKey, target: Target, before: Targets, known: Mapping[BackendKey, Health]
+    ) -> Health:
+        candidate = self._candidates.get(key)
+        if key in before and before[key] == target:
+            return known[key]
+        if candidate is not None and candidate.target == target and candidate.health.state is not HealthState.UNKNOWN:
+            return candidate.health
+        if key in before and before[key].place == target.place and target.check.type is not CheckType.NONE:
+            return replace(known[key], streak=0)
+        return health.initial(target.check, time.time())
+
+    def _take_over(self, left: Manifest) -> None:
+        for key, target in self._targets.items():
+            if str(key) in left.health and self.health[key].state is HealthState.UNKNOWN:
+                state, reason, since, *place = left.health[str(key)]
+                if place in ([], [target.place]):  # an earlier version noted none
+                    known = self.health[key]
+                    self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
+
+    def note(self, notes: Manifest) -> None:
+        """What the next daemon is to know."""
+        notes.health = {
+            str(key): [known.state, known.reason, known.since, self._targets[key].place]
+            for key, known in self.health.items()
+        }
 
     def override(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
         """By an operator; `weight` is None where the file's holds."""
         self._change(key, lambda status: replace(status, admin=admin, weight=weight))
 
-    async def look_ahead(self, config: Config) -> dict[BackendKey, Health]:
-        """Watches the backends of `config` beside those watched already, until there is a verdict on each.
+    async def look_ahead(self, config: Config) -> None:
+        """Checks the backends of `config` that are new, or not what they were, until there is a verdict on each.
 
-        Returns what was known before, for `look_back`.
+        Nothing of it acts: what is known of the backends in force comes from their own checks, until `follow`.
         """
-        before = dict(self.health)
-        self._watch(self._targets | targets(config))
-        await self.first_verdicts(config)
-        return before
+        now = time.time()
+        self._candidates = {
+            key: _Candidate(target, health.initial(target.check, now))
+            for key, target in targets(config).items()
+            if self._targets.get(key) != target
+        }
+        self._watch()
+        await self._until_known(lambda: ((key, c.target, c.health) for key, c in self._candidates.items()))
 
-    def look_back(self, config: Config, before: dict[BackendKey, Health]) -> None:
-        """Back to `config` after a look ahead that led nowhere."""
-        self._watch(targets(config))
-        self.health.update(before)
-        self.follow(config)
+    def look_back(self) -> None:
+        """After a look ahead that led nowhere."""
+        self._forget_candidates()
 
-    async def first_verdicts(self, config: Config) -> None:
-        """Until each backend's health and next hop are known, for FIRST_VERDICTS_S at most."""
-        wanted = targets(config)
+    async def first_verdicts(self) -> None:
+        """Until each backend's health and next hop are known, or for so long that one must be dead."""
+        await self._until_known(lambda: ((key, target, self.health[key]) for key, target in self._targets.items()))
+
+    async def _until_known(self, wanted: Callable[[], Iterator[tuple[BackendKey, Target, Health]]]) -> None:
+        def unknown() -> Iterator[BackendKey]:
+            return (key for key, target, known in wanted() if self._is_open(target, known))
+
         try:
             async with asyncio.timeout(FIRST_VERDICTS_S):
-                while any(self._is_open(key, target) for key, target in wanted.items()):
+                while any(unknown()):
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
-            waiting = [str(key) for key, target in wanted.items() if self._is_open(key, target)]
+            waiting = list(map(str, unknown()))
             log.warning("no verdict yet on %s", ", ".join(waiting[:5]) + (", ..." if len(waiting) > 5 else ""))
 
-    def _watch(self, wanted: Targets) -> None:
-        """One whose endpoint or check changed starts anew as unknown."""
-        before, self._targets = self._targets, wanted
-        self._by_address = {}
-        for key, target in wanted.items():
-            self._by_address.setdefault(target.address, []).append(key)
-            if key not in self.health or (key in before and before[key] != target):
-                self.health[key] = health.initial(target.check, time.time())
-        self._watcher.set_addresses(self._by_address)
-        self._prober.set_targets(wanted.values())
+    def _forget_candidates(self) -> None:
+        self._candidates = {}
+        self._watch()
 
-    def _is_open(self, key: BackendKey, target: Target) -> bool:
+    def _watch(self) -> None:
+        """Follows and checks those in force, and candidates beside them."""
+        self._by_address = {}
+        for key, target in self._targets.items():
+            self._by_address.setdefault(target.address, []).append(key)
+        self._watcher.set_addresses([*self._by_address, *(c.target.address for c in self._candidates.values())])
+        ahead = (replace(c.target, key=_as_candidate(key)) for key, c in self._candidates.items())
+        self._prober.set_targets([*self._targets.values(), *ahead])
+
+    def _is_open(self, target: Target, known: Health) -> bool:
         record = self._watcher.records.get(target.address)
-        if self.health[key].state is HealthState.UNKNOWN:
+        if known.state is HealthState.UNKNOWN:
             return True
-        return self.health[key].state is HealthState.UP and (record is None or record.state is NextHopState.RESOLVING)
+        return known.state is HealthState.UP and (record is None or record.state is NextHopState.RESOLVING)
 
     def _on_result(self, key: BackendKey, result: CheckResult) -> None:
+        if (candidate := self._candidate(key)) is not None:
+            candidate.health = health.observe(candidate.health, result, candidate.target.check, time.time())
+            self._news.set()
+            return
         before = self.health[key]
         now = self.health[key] = health.observe(before, result, self._targets[key].check, time.time())
         if now.state is before.state:
@@ -145,14 +204,19 @@ class BackendMonitor:
         log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.reason)
         self._change(key, lambda status: replace(status, health=now.state))
 
+    def _candidate(self, key: BackendKey) -> _Candidate | None:
+        return self._candidates.get(BackendKey(key.service[1:], key.backend)) if key.service[0] == _AHEAD else None
+
     def _next_interval(self, key: BackendKey) -> float:
+        if (candidate := self._candidate(key)) is not None:
+            return health.next_interval_s(candidate.health, candidate.target.check)
         return health.next_interval_s(self.health[key], self._targets[key].check)
 
     def _on_next_hop(self, record: Resolution) -> None:
         self._news.set()
         if record.state is NextHopState.LOCAL:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
-        way = way_of(record)
+        way = next_hop_of(record)
         for key in self._by_address.get(record.address, ()):
             self._change(key, lambda status: replace(status, next_hop=way))
         if way is not None and record.address in self._lost:

@@ -215,7 +215,7 @@ def trouble(previous: Resolution | None, current: Resolution) -> str | None:
             return f"{current.address} has become an address of this host"
 
 
-def way_of(record: Resolution | None) -> NextHop | None:
+def next_hop_of(record: Resolution | None) -> NextHop | None:
     """None where no frames can be sent: a neighbour that failed takes none."""
     if record is None or record.dest_mac is None:
         return None

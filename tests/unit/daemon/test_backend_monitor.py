@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ async def test_first_verdicts_are_waited_for_with_the_way_there(house: House) ->
     two = config(service("a", "b"))
     house.monitor.follow(two)
     assert house.monitor.statuses.get(A).health is HealthState.UNKNOWN
-    await house.monitor.first_verdicts(two)
+    await house.monitor.first_verdicts()
     assert [house.monitor.statuses.get(key).health for key in (A, B)] == [HealthState.UP, HealthState.DOWN]
     next_hop = house.monitor.statuses.get(A).next_hop
     assert next_hop is not None and next_hop.dest_mac == BACKEND_MAC
@@ -84,7 +85,7 @@ async def test_first_verdicts_are_waited_for_with_the_way_there(house: House) ->
 async def test_a_status_is_told_once_for_each_change_and_after_it_holds(house: House) -> None:
     one = config(service("a", check=replace(TCP, interval_s=0.01)))
     house.monitor.follow(one)
-    await house.monitor.first_verdicts(one)
+    await house.monitor.first_verdicts()
     house.changed.clear()
     house.answers["10.0.0.1"] = DEAD
     await house.until(lambda: house.monitor.statuses.get(A).health is HealthState.DOWN)
@@ -95,7 +96,7 @@ async def test_a_status_is_told_once_for_each_change_and_after_it_holds(house: H
 async def test_an_operators_word_holds_over_verdicts(house: House) -> None:
     one = config(service("a"))
     house.monitor.follow(one)
-    await house.monitor.first_verdicts(one)
+    await house.monitor.first_verdicts()
     house.monitor.override(A, Admin.DRAIN, 5)
     status = house.monitor.statuses.get(A)
     assert (status.admin, status.weight, status.health) == (Admin.DRAIN, 5, HealthState.UP)
@@ -122,16 +123,63 @@ async def test_the_health_that_an_earlier_daemon_noted_holds_until_there_is_a_ve
 
 
 @in_house
-async def test_who_is_looked_ahead_at_is_checked_but_nobody_is_told(house: House) -> None:
+async def test_the_noted_health_of_another_address_says_nothing(house: House) -> None:
+    house.answers["10.0.0.1"] = None
+    left = Manifest(["eth0"], "/pins", {}, {})
+    left.services["web"] = ServiceRecord(1, 0, 128, "dsr", {"a": 1})
+    left.health = {"web/a": ["up", "L4OK", 17.0, "10.0.0.99 80"]}
+    house.monitor.follow(config(service("a")), left)
+    assert house.monitor.statuses.get(A).health is HealthState.UNKNOWN
+
+
+@in_house
+async def test_what_is_noted_is_what_the_next_daemon_takes_for_known(house: House) -> None:
+    house.monitor.follow(config(service("a")))
+    await house.monitor.first_verdicts()
+    notes = Manifest(["eth0"], "/pins", {}, {})
+    house.monitor.note(notes)
+    assert notes.health["web/a"][:2] == ["up", "L4OK"] and notes.health["web/a"][3] == "10.0.0.1 80"
+
+
+@in_house
+async def test_a_candidate_is_checked_and_nothing_of_it_acts_until_it_is_followed(house: House) -> None:
     one, two = config(service("a")), config(service("a", "b"))
+    house.answers["10.0.0.2"] = DEAD
     house.monitor.follow(one)
-    await house.monitor.first_verdicts(one)
+    await house.monitor.first_verdicts()
     house.changed.clear()
-    before = await house.monitor.look_ahead(two)
-    assert house.monitor.health[B].state is HealthState.UP
-    assert house.changed == [] and set(house.monitor.statuses.by_service["web"]) == {"a"}
-    house.monitor.look_back(one, before)
-    assert set(house.monitor.health) == {A}
+    await house.monitor.look_ahead(two)
+    assert set(house.monitor.health) == {A} == set(map(BackendKey, ["web"], house.monitor.statuses.by_service["web"]))
+    assert house.changed == []
+    house.monitor.follow(two)
+    assert house.monitor.statuses.get(B).health is HealthState.DOWN
+
+
+@in_house
+async def test_a_backend_that_moves_is_what_it_was_until_the_configuration_is_in_force(house: House) -> None:
+    """The same name, another address: neither its verdict nor its next hop acts on the one in force."""
+    before = config(service("a"))
+    moved = config(replace(service("a"), backends=(replace(service("a").backends[0], address=ip_address("10.0.0.7")),)))
+    house.answers["10.0.0.7"] = DEAD
+    house.monitor.follow(before)
+    await house.monitor.first_verdicts()
+    house.changed.clear()
+    await house.monitor.look_ahead(moved)
+    house.monitor.look_back()
+    assert house.changed == [] and house.monitor.statuses.get(A).health is HealthState.UP
+    await house.monitor.look_ahead(moved)
+    house.monitor.follow(moved)
+    assert house.monitor.statuses.get(A).health is HealthState.DOWN
+
+
+@in_house
+async def test_a_verdict_counts_until_the_changed_check_has_one(house: House) -> None:
+    """`http` in place of `tcp`, and the first answer takes its time: nobody is unknown meanwhile."""
+    house.monitor.follow(config(service("a")))
+    await house.monitor.first_verdicts()
+    house.answers["10.0.0.1"] = None
+    house.monitor.follow(config(service("a", check=replace(TCP, timeout_s=60.0))))
+    assert house.monitor.statuses.get(A).health is HealthState.UP
 
 
 @in_house
