@@ -9,12 +9,14 @@ from xdplb.api.client import call
 from xdplb.api.handlers import Handlers
 from xdplb.api.server import ControlServer
 from xdplb.daemon import app
+from xdplb.daemon.lock import Held
 from xdplb.errors import DaemonUnreachable
 from xdplb.model import AttachMode, Config
 from xdplb.paths import Instance
 
-STOPPING_S = 10.0
-"""How long `down` waits for a daemon that was told to stop."""
+STOPPING_S = 4.0
+"""How long `down` waits for a daemon that was told to stop, or does not hear it."""
+KILLING_S = 1.0
 
 
 def up(interfaces: tuple[str, ...], config: Config, config_path: Path | None, mode: AttachMode, replace: bool) -> None:
@@ -33,9 +35,15 @@ def down(interface: str) -> list[str]:
 
     def stop() -> None:
         with suppress(DaemonUnreachable):
-            call(instance, "stop")
+            call(instance, "stop", timeout_s=1.0)
             done[:] = [f"stopped balancing on {interface}"]
 
     stop()
-    with app.steering_alone(instance, STOPPING_S, stop):  # one that is starting answers later
+    try:
+        with app.steering_alone(instance, STOPPING_S, stop):
+            return [*done, *app.undo(instance)]
+    except Held:
+        if (pid := app.kill_holder(instance)) is not None:
+            done = [f"killed process {pid}: it did not end within {STOPPING_S:g} s"]
+    with app.steering_alone(instance, KILLING_S):
         return [*done, *app.undo(instance)]

@@ -16,20 +16,24 @@ from xdplb.paths import make_directory
 _RETRY_S = 0.05
 
 
+class Held(XdplbError):
+    """Another process has the lock."""
+
+
 @contextmanager
 def locked(
     path: Path, what: str, hint: str, patience_s: float = 0.0, while_waiting: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Holds the lock in `path`, whose directory may come and go with its holders.
 
-    XdplbError, which names the holder, after `patience_s`.
+    Held, which names the holder, after `patience_s`.
     """
     deadline = time.monotonic() + patience_s
     while (file := _acquired(path)) is None:
         if time.monotonic() >= deadline:
             with suppress(FileNotFoundError):
-                holder = path.read_text().strip() or "unknown"
-                raise XdplbError(f"{what} (process {holder})", hint)
+                pid = path.read_text().strip() or "unknown"
+                raise Held(f"{what} (process {pid})", hint)
         while_waiting()
         time.sleep(_RETRY_S)
     with file:
@@ -43,7 +47,8 @@ def _acquired(path: Path) -> IO[str] | None:
     """The open, locked file. None where somebody else has the lock, or had it and removed the file just now."""
     make_directory(path.parent)
     try:
-        file = path.open("a+")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        os.fchmod(file.fileno(), 0o600)  # an earlier version let everybody hold it
     except FileNotFoundError:
         return None
     try:
@@ -53,4 +58,18 @@ def _acquired(path: Path) -> IO[str] | None:
     except (BlockingIOError, FileNotFoundError):
         pass
     file.close()
+    return None
+
+
+def holder(path: Path) -> int | None:
+    """The process that holds the lock, by /proc/locks; None where none does, or one of another pid namespace."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5] == place and int(fields[4]) > 0:
+            return int(fields[4])
     return None
