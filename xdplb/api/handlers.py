@@ -19,7 +19,9 @@ from xdplb.core.forecast import forecast
 from xdplb.core.health import Health
 from xdplb.core.status import FULL_RAMP, Statuses
 from xdplb.daemon import flow_upkeep
+from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.engine import Engine
+from xdplb.daemon.loop_lag import LoopLag
 from xdplb.dataplane import frames
 from xdplb.dataplane.clock import clock
 from xdplb.errors import UsageError, XdplbError
@@ -43,6 +45,12 @@ class Daemon(Protocol):
     def statuses(self) -> Statuses: ...
     @property
     def interfaces(self) -> Sequence[Interface]: ...
+    @property
+    def starting(self) -> bool: ...
+    @property
+    def alarms(self) -> Alarms: ...
+    @property
+    def loop_lag(self) -> LoopLag: ...
 
     async def read_file(self) -> Config: ...
     async def reload(self, config: Config) -> None: ...
@@ -69,7 +77,16 @@ class Handlers:
         services = [s for s in self._daemon.config.services if wanted in (None, s.name)]
         if wanted is not None and not services:
             raise UsageError(f"there is no service '{wanted}'", f"there are: {', '.join(self._names())}")
-        return {"services": [self._service(service) for service in services]}
+        daemon = self._daemon
+        return {
+            "services": [] if daemon.starting else [self._service(service) for service in services],
+            "alarms": [
+                {"name": alarm.name, "since": _timestamp(alarm.since), "text": alarm.text, "fix": alarm.fix}
+                for alarm in daemon.alarms
+            ],
+            "starting": daemon.starting,
+            "loop_lag_ms": round(1000 * daemon.loop_lag.longest_s, 1),
+        }
 
     def _service(self, service: Service) -> JSON:
         remembered = flow_upkeep.remembered(self._daemon.engine)

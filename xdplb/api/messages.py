@@ -56,8 +56,24 @@ class ServiceStatus(TypedDict):
     backends: list[BackendStatus]
 
 
+class Alarm(TypedDict):
+    """What is wrong now: `name` is a label of metrics, `fix` what to do about it."""
+
+    name: str
+    since: str
+    text: str
+    fix: str
+
+
 class Status(TypedDict):
+    """`services` is empty while the daemon is `starting`. `loop_lag_ms` is the longest that its event loop stood still
+    in the last ten seconds.
+    """
+
     services: list[ServiceStatus]
+    alarms: NotRequired[list[Alarm]]
+    starting: NotRequired[bool]
+    loop_lag_ms: NotRequired[float]
 
 
 class BackendStats(TypedDict):

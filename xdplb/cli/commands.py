@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,6 +113,7 @@ def up(
     privileges.require("up")
 
     def serve() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon, which reloads then, is there to hear it
         from xdplb.api import lifecycle
 
         lifecycle.up(settled.interfaces, settled.config, settled.config_path, AttachMode(mode), replace)
@@ -179,19 +181,29 @@ def reload(interface: str | None, output: str) -> None:
 
 @cli.command()
 @click.argument("service", required=False)
+@click.option("--check", "only_check", is_flag=True, help="For monitoring: a line for each problem, and exit code 1.")
 @_interface
 @_output
-def status(service: str | None, interface: str | None, output: str) -> None:
+def status(service: str | None, only_check: bool, interface: str | None, output: str) -> int:
     """Show services and backends.
 
-    Their state and why, weight (effective/configured), flows, and latest check.
+    Their state and why, weight (effective/configured), flows, and latest check. What is wrong with the gateway itself
+    comes first.
     """
-    answer = client.call(only_instance(interface), "status", service=service)
-    if output == "json":
-        return terminal.show_json(answer)
+    answer = cast(Status, client.call(only_instance(interface), "status", service=service))
+    if output == "json" and not only_check:
+        terminal.show_json(answer)
+        return 0
     from xdplb.cli import views
 
-    terminal.show(views.status(cast(Status, answer), datetime.now(UTC)))
+    problems = views.problems(answer) if only_check else []
+    if output == "json":
+        terminal.show_json(answer)
+    elif only_check:
+        click.echo("\n".join(problems) or "ok")
+    else:
+        terminal.show(views.status(answer, datetime.now(UTC)))
+    return 1 if problems else 0
 
 
 @cli.command()

@@ -41,9 +41,27 @@ def age(moment: str, now: datetime) -> str:
 
 
 def status(answer: Status, now: datetime) -> RenderableType:
-    """`now` has a time zone."""
+    """`now` has a time zone. Alarms come first."""
+    alarms = [Text.assemble((f"alarm: {a['text']}", ALARM), f"\n  hint: {a['fix']}") for a in answer.get("alarms", ())]
+    if answer.get("starting"):
+        return Group(*alarms, Text("starting: packets are not balanced by this daemon yet"))
     if not answer["services"]:
-        return Text("no services")
+        return Group(*alarms, Text("no services"))
+    return Group(*alarms, _services(answer, now)) if alarms else _services(answer, now)
+
+
+def problems(answer: Status) -> list[str]:
+    """For monitoring, a line each: what keeps `answer` from being all well."""
+    found = [f"alarm {alarm['name']}: {alarm['text']}" for alarm in answer.get("alarms", ())]
+    if answer.get("starting"):
+        found.append("xdplb is still starting")
+    for service in answer["services"]:
+        if not any(backend["effective_weight"] for backend in service["backends"]):
+            found.append(f"service {service['name']}: no backend takes new flows")
+    return found
+
+
+def _services(answer: Status, now: datetime) -> RenderableType:
     rated = any("rates" in backend for service in answer["services"] for backend in service["backends"])
     table = new_table(
         Column("SERVICE/BACKEND"),

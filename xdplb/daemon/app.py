@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,18 @@ from xdplb.config import read as configuration
 from xdplb.core.health import Health
 from xdplb.core.status import Statuses
 from xdplb.daemon import flow_upkeep, host, notify, secret
+from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
 from xdplb.daemon.failover import Failover
 from xdplb.daemon.generations import Generations
 from xdplb.daemon.host import Host
-from xdplb.daemon.lock import locked
+from xdplb.daemon.lock import holder, locked
 from xdplb.daemon.logs import log_to_stderr
+from xdplb.daemon.loop_lag import LoopLag
 from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.reload import Reloader
+from xdplb.daemon.supervision import Supervisor
 from xdplb.dataplane import manifest
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable, XdplbError
@@ -106,6 +110,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         if event.deleted and event.interface.index in {interface.index for interface in interfaces}:
             raise NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
 
+    alarms = Alarms()
     overrides = Overrides.of(instance)
     monitor = BackendMonitor(links, overrides, lambda key: failover.on_change(key), on_link)
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
@@ -118,14 +123,24 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         notes,
         lambda: notes.save(instance.manifest),
         (options.mode, options.replace),
+        alarms,
     )
     failover = Failover(monitor.statuses, lambda: reloader.engine, reloader.save)
-    return Daemon(options, interfaces, left, overrides, monitor, reloader, failover)
+    return Daemon(options, interfaces, left, overrides, monitor, reloader, failover, alarms)
 
 
 def _first(group: ExceptionGroup[XdplbError]) -> XdplbError:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+def kill_holder(instance: Instance) -> int | None:
+    """Kills whoever holds the instance's lock. Its number, or None where nobody does."""
+    pid = holder(instance.lock)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return pid
 
 
 def undo(instance: Instance) -> list[str]:
@@ -163,6 +178,7 @@ class Daemon:
         monitor: BackendMonitor,
         reloader: Reloader,
         failover: Failover,
+        alarms: Alarms,
     ) -> None:
         self.instance = options.instance
         self.interfaces = interfaces
@@ -173,23 +189,29 @@ class Daemon:
         self._monitor = monitor
         self._reloader = reloader
         self._failover = failover
+        self.alarms = alarms
+        self.loop_lag = LoopLag()
+        self._supervisor = Supervisor(alarms)
         self._stop = asyncio.Event()
         self._leaves = False
 
     async def run(self, serve: Serve) -> None:
-        """Until told to end. `serve` answers commands once packets are balanced."""
-        async with asyncio.TaskGroup() as tasks:
+        """Until told to end. `serve` answers commands from the first moment on; most of them once packets flow."""
+        async with asyncio.TaskGroup() as tasks, serve(self):
             tending = [
-                tasks.create_task(self._monitor.run()),
-                tasks.create_task(self._settle()),
-                tasks.create_task(self._beat()),
+                tasks.create_task(self._supervisor.keep(name, work))
+                for name, work in (
+                    ("watching backends", self._monitor.run),
+                    ("upkeep of flows", self._settle),
+                    ("the sign of life", self._beat),
+                    ("the measure of the loop", self.loop_lag.measure),
+                )
             ]
             self._handle_signals(tasks)
             try:
                 if await self._unless_stopped(tasks.create_task(self._reloader.start(self._left))):
-                    async with serve(self):
-                        notify.ready()
-                        await self._stop.wait()
+                    notify.ready()
+                    await self._stop.wait()
                 log.info("ending")
             finally:
                 for task in tending:
@@ -213,6 +235,7 @@ class Daemon:
             await asyncio.sleep(SETTLE_EVERY_S)
             async with self._reloader.lock:
                 if self._reloader.serving:
+                    self._reloader.keep_up()
                     flow_upkeep.settle(self.engine)
                     await asyncio.to_thread(flow_upkeep.sweep, self.engine)
 
@@ -224,9 +247,15 @@ class Daemon:
             await asyncio.sleep(BEAT_EVERY_S)
 
     @property
+    def starting(self) -> bool:
+        """Whether packets are not balanced yet, or not by this daemon."""
+        return not self._reloader.serving
+
+    @property
     def engine(self) -> Engine:
-        """There is one before the first command is answered."""
-        assert self._reloader.engine is not None
+        """XdplbError while there is none yet."""
+        if self._reloader.engine is None:
+            raise XdplbError("this xdplb is still starting", "try again in a moment")
         return self._reloader.engine
 
     @property
@@ -275,7 +304,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(self._on_hangup()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(self._hangup()))
         loop.add_signal_handler(signal.SIGUSR1, self._leave_and_stop)
 
     def _leave_and_stop(self) -> None:
@@ -283,8 +312,8 @@ class Daemon:
         self.leave()
         self.stop()
 
-    async def _on_hangup(self) -> None:
-        try:
+    async def _hangup(self) -> None:
+        async def reload_file() -> None:
             await self.reload(await self.read_file())
-        except XdplbError as error:
-            log.error("not reloaded, the configuration in force stays: %s", error.message)
+
+        await self._supervisor.once("not reloaded, the configuration in force stays", reload_file())

@@ -58,10 +58,16 @@ class Host:
             why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
             log.info("%s: attached in %s mode%s", interface.name, attachment.mode, why)
 
-    async def change_addresses(self, config: Config) -> None:
-        """Adds the addresses that `config` needs, then takes back those that it does not need any more."""
+    async def add_addresses(self, config: Config) -> None:
+        """Gives this host the addresses that `config` needs and it lacks. XdplbError where one is refused."""
         await self._addresses.add(config)
-        await self._addresses.remove(config)
+
+    async def release(self, config: Config) -> None:
+        """Takes back what `config` does not need. What cannot be taken back is said in the log, and left to `down`."""
+        try:
+            await self._addresses.remove(config)
+        except XdplbError as error:
+            log.warning("%s", error.message)
 
     async def leave_other_interfaces(self) -> None:
         """Takes our programs off interfaces that an earlier run had and this one does not."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from xdplb.core.allocation import CapacityExceeded
 from xdplb.core.status import Statuses
 from xdplb.daemon import larger_maps, record
+from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
 from xdplb.daemon.overrides import Overrides
+from xdplb.daemon.supervision import said
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable, XdplbError
 from xdplb.model import AttachMode, Config
@@ -28,7 +31,8 @@ class Host(Protocol):
 
     def prepare(self, config: Config) -> None: ...
     async def attach(self, program: int, mode: AttachMode, replace: bool) -> None: ...
-    async def change_addresses(self, config: Config) -> None: ...
+    async def add_addresses(self, config: Config) -> None: ...
+    async def release(self, config: Config) -> None: ...
     async def leave_other_interfaces(self) -> None: ...
 
 
@@ -44,7 +48,7 @@ class Generations(Protocol):
 
 class Reloader:
     """`engine` is None before `start` has brought one. `attach_as` is the mode, and whether another's program may be
-    replaced; `save` writes `notes` to the manifest.
+    replaced; `save` writes `notes` to the manifest, or raises XdplbError.
     """
 
     engine: Engine | None = None
@@ -63,6 +67,7 @@ class Reloader:
         notes: Manifest,
         save: Callable[[], None],
         attach_as: tuple[AttachMode, bool],
+        alarms: Alarms,
     ) -> None:
         self.config = config
         self.notes = notes
@@ -72,89 +77,143 @@ class Reloader:
         self._overrides = overrides
         self._host = host
         self._generations = generations
-        self._save_notes = save
+        self._write_notes = save
         self._attach_as = attach_as
+        self._alarms = alarms
+        self._behind = False
+        """Whether the maps are not yet what the configuration in force wants."""
+        self._unsaved = False
 
     async def start(self, left: Manifest | None) -> None:
-        """Brings the configuration into force. `left` is what an earlier daemon noted."""
+        """Brings the configuration into force. `left` is what an earlier daemon noted.
+
+        Raises XdplbError; what an earlier daemon left is untouched until the program is attached.
+        """
         async with self.lock:
             self._monitor.follow(self.config, left)
             engine, _ = await asyncio.gather(
-                self._generations.first(self.config, self._monitor.statuses, left),
-                self._monitor.first_verdicts(self.config),
+                self._generations.first(self.config, self._monitor.statuses, left), self._monitor.first_verdicts()
             )
             self.engine = engine = await self._generations.roomy(engine, self.config)
             engine.apply_all()
             self._generations.carry_counters(engine)
-            self._overrides.forget_others(self.config)
-            self.save()
+            self._save_or_fail()
             self._host.prepare(self.config)
             await self._attach(engine, self.config)
             self.attached = True
-            await self._host.change_addresses(self.config)
+            await self._host.add_addresses(self.config)
+            await self._host.release(self.config)
             await self._host.leave_other_interfaces()
             self._generations.forget_others(engine)
+            self._forget_overrides()
             self.save()
             self.serving = True
 
     async def reload(self, config: Config) -> None:
-        """From the configuration in force to `config`. XdplbError leaves the one in force as it was."""
+        """From the configuration in force to `config`: wholly, or not at all.
+
+        What can fail comes first, and is undone where it does: XdplbError, or any other, leaves nothing changed.
+        """
         async with self.lock:
-            before, health_before = self.config, await self._monitor.look_ahead(config)
+            if not self.serving or self.engine is None:
+                raise XdplbError("this xdplb is still starting", "try again in a moment")
+            made = [self.engine]
             try:
-                engine = await self._change_generation(config)
-            except (CapacityExceeded, XdplbError) as error:
-                self._monitor.look_back(before, health_before)
-                if isinstance(error, XdplbError):
-                    raise
-                raise NotCapable(
-                    f"the maps cannot be made large enough for {error}", "split it over two gateways"
-                ) from None
-            self._monitor.follow(config)
-            engine.adopt_config(config)
-            engine.apply_all()
-            self.config = config
-            self._overrides.forget_others(config)
-            self.save()
-            self._host.prepare(config)
-            await self._host.change_addresses(config)
+                await self._prepare(config, made)
+            except BaseException as error:
+                await self._abort(made)
+                if isinstance(error, CapacityExceeded):
+                    raise NotCapable(
+                        f"the maps cannot be made large enough for {error}", "split it over two gateways"
+                    ) from None
+                if isinstance(error, OSError):
+                    raise XdplbError(f"nothing was changed: {error.strerror or error}") from error
+                raise
+            self._commit(config, made)
+            await self._host.release(config)
             self.save()
             log.info("configuration reloaded: %d services", len(config.services))
 
-    async def _change_generation(self, config: Config) -> Engine:
-        """Programs and maps that suit `config`, attached in place of the present ones where those do not."""
-        old = self.engine
-        assert old is not None
-        new = await self._generations.roomy(await self._generations.next(old, config), config)
-        if new is old:
-            return old
-        moved = new.plane.pins != old.plane.pins
-        try:
-            self._host.prepare(config)
-            await self._attach(new, config)
-        except XdplbError:
-            if moved:
-                new.plane.unpin()
-            new.plane.close()
-            raise
-        self.engine = new
-        larger_maps.catch_up(new, old)
-        new.apply_all()  # what changed meanwhile
+    async def _prepare(self, config: Config, made: list[Engine]) -> None:
+        """All that can fail. `made` gets the engines that are opened; the last one is attached at the end."""
+        await self._monitor.look_ahead(config)
+        for suit in (self._generations.next, self._generations.roomy):
+            engine = await suit(made[-1], config)
+            if engine is not made[-1]:
+                made.append(engine)
+        self._host.prepare(config)
+        await self._host.add_addresses(config)
+        self._save_or_fail()
+        if made[-1] is not self.engine:
+            await self._attach(made[-1], config)
+
+    async def _abort(self, made: list[Engine]) -> None:
+        present = made[0]
+        self._monitor.look_back()
+        for engine in reversed(made[1:]):
+            engine.plane.discard(present.plane)
+        await self._host.release(self.config)
         self.save()
-        if moved:
-            old.plane.unpin()
-        old.plane.close()
-        return new
+
+    def _commit(self, config: Config, made: list[Engine]) -> None:
+        """Nothing here fails for a reason outside of this process; what does all the same is done again (`keep_up`)."""
+        old, new = made[0], made[-1]
+        if new is not old:
+            self.engine = new
+            larger_maps.catch_up(new, old)
+            for engine in reversed(made[:-1]):
+                engine.plane.discard(new.plane)
+            new.plane.forget_other_programs()
+        self._monitor.follow(config)
+        self.config = config
+        new.adopt_config(config)
+        self._apply()
+        self._forget_overrides()
+
+    def _apply(self) -> None:
+        assert self.engine is not None
+        try:
+            self.engine.apply_all()
+            self._behind = False
+        except Exception:
+            log.exception("the maps are not what the configuration wants")
+            self._behind = True
+        self._alarms.set(
+            self._behind, "maps-behind", "the maps are not what the configuration wants", "see the log; xdplb retries"
+        )
+
+    def _forget_overrides(self) -> None:
+        """What does not hold any more does no harm until the next time."""
+        with suppress(XdplbError):
+            self._overrides.forget_others(self.config)
 
     async def _attach(self, engine: Engine, config: Config) -> None:
         engine.show_alive(config.control_loss_s)
         mode, replace = self._attach_as
         await self._host.attach(engine.plane.program_fd, mode, replace)
 
+    def keep_up(self) -> None:
+        """Does again what could not be done: to be called now and then."""
+        if self._behind:
+            self._apply()
+        if self._unsaved:
+            self.save()
+
     def save(self) -> None:
-        """Notes what is in force, and what is known of its backends, in the manifest."""
+        """Notes what is in force in the manifest. Where it cannot be written, that is an alarm, and tried again."""
+        try:
+            self._save_or_fail()
+        except Exception as error:
+            if not isinstance(error, XdplbError):
+                log.exception("a bug in what is noted for the next daemon")
+            self._unsaved = True
+            text = f"{said(error)}; after a crash the next daemon would know less"
+            self._alarms.raise_("state-not-saved", text, getattr(error, "hint", "") or "see the log")
+
+    def _save_or_fail(self) -> None:
         if self.engine is not None:
             record.note(self.notes, self.engine)
-            health = self._monitor.health.items()
-            self.notes.health = {str(key): [known.state, known.reason, known.since] for key, known in health}
-            self._save_notes()
+            self._monitor.note(self.notes)
+            self._write_notes()
+            self._unsaved = False
+            self._alarms.clear("state-not-saved")

@@ -25,7 +25,7 @@ from xdplb.dataplane import counters
 from xdplb.demo import view
 from xdplb.demo.tally import Change, Phase, Tally
 from xdplb.demo.view import Screen, event, pending
-from xdplb.errors import BY_EXIT_CODE, XdplbError
+from xdplb.errors import BY_EXIT_CODE, DaemonUnreachable, XdplbError
 from xdplb.lab.laboratory import (
     VIP4,
     HttpLoad,
@@ -184,7 +184,7 @@ class Demo:
         path.write_text(self._config)
         started_s = time.monotonic()
         daemon = gateway.start_xdplb("up", *gateway.interfaces, "-c", str(path))
-        await_until(lambda: self._instance.control.exists() or not daemon.running, "xdplb is up", _START_S)
+        await_until(lambda: self._serves() or not daemon.running, "xdplb is up", _START_S)
         if not daemon.running:
             raise BY_EXIT_CODE.get(daemon.wait(), XdplbError)(f"`xdplb up` failed in the gateway:\n{daemon.log()}")
         modes = dict.fromkeys(re.findall(r"attached in (\w+) mode", daemon.log()))
@@ -287,6 +287,12 @@ class Demo:
                 self._schedule.length_s,
             )
         )
+
+    def _serves(self) -> bool:
+        try:
+            return not cast(Status, client.call(self._instance, "status", service=None)).get("starting")
+        except DaemonUnreachable:
+            return False
 
     def _collect(self) -> None:
         for load, new_connections in zip(self._loads, (True, False), strict=True):

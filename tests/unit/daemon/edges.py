@@ -89,11 +89,11 @@ class Plane:
     def trust_until(self, tick: int) -> None:
         self.trusted_until = tick
 
-    def unpin(self) -> None:
-        self.log.append(f"unpin {self.name}")
+    def discard(self, kept: Plane) -> None:
+        self.log.append(f"discard {self.name}")
 
-    def close(self) -> None:
-        self.log.append(f"close {self.name}")
+    def forget_other_programs(self) -> None:
+        self.log.append(f"only {self.name}")
 
 
 class Writing:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from edges import GEOMETRY, UNCHECKED, Kernel, Plane, Ticks, Writing, config, en
 from xdplb.core.flow_cache import WAYS
 from xdplb.core.operations import PutBackend
 from xdplb.core.status import Statuses
+from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
 from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.reload import Reloader
 from xdplb.dataplane.manifest import Manifest
-from xdplb.errors import NotCapable
-from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config
+from xdplb.errors import NotCapable, XdplbError
+from xdplb.model import Address, Admin, AttachMode, Backend, BackendKey, Config, Listen, Protocol
 
 ONE = config(service("a", "b", check=UNCHECKED))
 TWO = config(service("a", "b", "c", check=UNCHECKED))
@@ -32,17 +35,26 @@ class House:
     def __init__(self, tmp_path: Path) -> None:
         self.log: list[str] = []
         self.refuse: dict[str, Exception] = {}
+        self.fail_after = -1
+        self.failure: Exception = OSError(errno.ENOSPC, "No space left on device")
         self.between: Callable[[], None] = lambda: None
         self.planes: list[Plane] = []
+        self.addresses: set[Address] = set()
         self.next_plane: Plane | None = None
         self.overrides = Overrides(tmp_path / "overrides.json")
         self.monitor = BackendMonitor(Kernel(), self.overrides, lambda key: None, lambda event: None)
         self.notes = Manifest([], "", {}, {})
+        self.alarms = Alarms()
+        attach_as = (AttachMode.AUTO, False)
         self.reloader = Reloader(
-            ONE, self.monitor, self.overrides, self, self, self.notes, self._save, (AttachMode.AUTO, False)
+            ONE, self.monitor, self.overrides, self, self, self.notes, self._save, attach_as, self.alarms
         )
 
     def _do(self, what: str) -> None:
+        """A step that may fail: by its name, or because it is the next one that is to."""
+        if self.fail_after == 0:
+            raise self.failure
+        self.fail_after -= 1
         if what in self.refuse:
             raise self.refuse[what]
         self.log.append(what)
@@ -59,8 +71,13 @@ class House:
         self.between()
         self._do("attach")
 
-    async def change_addresses(self, wanted: Config) -> None:
+    async def add_addresses(self, wanted: Config) -> None:
         self._do("addresses")
+        self.addresses |= {service.listen.address for service in wanted.services}
+
+    async def release(self, wanted: Config) -> None:
+        self.log.append("release")
+        self.addresses &= {service.listen.address for service in wanted.services}
 
     async def leave_other_interfaces(self) -> None:
         self._do("leave others")
@@ -84,6 +101,7 @@ class House:
         return engine(self.next_plane, present.config, present.statuses, Writing())
 
     async def roomy(self, present: Engine, wanted: Config) -> Engine:
+        self._do("rehearse")
         present.rehearse(wanted)
         return present
 
@@ -125,17 +143,8 @@ def in_house(scenario: Callable[[House], Coroutine[Any, Any, None]]) -> Callable
 @in_house
 async def test_a_start_fills_the_maps_before_packets_meet_them(house: House) -> None:
     await house.reloader.start(None)
-    order = [
-        "open first",
-        "counters",
-        "save",
-        "prepare",
-        "attach",
-        "addresses",
-        "leave others",
-        "forget others",
-        "save",
-    ]
+    order = ["open first", "rehearse", "counters", "save", "prepare", "attach", "addresses", "release", "leave others"]
+    order += ["forget others", "save"]
     assert house.log == order
     assert house.configured == {"a", "b"} and house.reloader.serving and house.reloader.attached
     assert house.notes.services["web"].backends.keys() == {"a", "b"} and house.notes.health["web/a"][0] == "up"
@@ -154,7 +163,7 @@ async def test_a_reload_on_the_same_maps_attaches_nothing(house: House) -> None:
     await house.reloader.start(None)
     house.log.clear()
     await house.reloader.reload(TWO)
-    assert house.log == ["save", "prepare", "addresses", "save"]
+    assert house.log == ["rehearse", "prepare", "addresses", "save", "release", "save"]
     assert house.reloader.config is TWO and house.configured == {"a", "b", "c"}
 
 
@@ -164,8 +173,8 @@ async def test_a_reload_to_other_maps_lets_the_old_ones_go_once_the_new_ones_are
     house.log.clear()
     house.next_plane = Plane("second", house.log)
     await house.reloader.reload(TWO)
-    order = ["open second", "prepare", "attach", "save", "unpin first", "close first", "save"]
-    assert [done for done in house.log if done != "addresses"][: len(order)] == order
+    before_attach = ["open second", "rehearse", "prepare", "addresses", "save"]
+    assert house.log == [*before_attach, "attach", "discard first", "only second", "release", "save"]
     assert house.reloader.engine is not None and house.reloader.engine.plane is house.next_plane
 
 
@@ -213,7 +222,7 @@ async def test_a_program_that_cannot_be_attached_leaves_everything_as_it_was(hou
     house.refuse["attach"] = NotCapable("the card refuses")
     with pytest.raises(NotCapable, match="the card refuses"):
         await house.reloader.reload(TWO)
-    assert house.log == ["open second", "prepare", "unpin second", "close second"]
+    assert house.log[-3:] == ["discard second", "release", "save"]
     assert (house.reloader.config, house.reloader.engine) == (ONE, before)
     assert house.configured == {"a", "b"} and set(house.monitor.health) == {BackendKey("web", n) for n in "ab"}
     house.refuse.clear()
@@ -247,3 +256,89 @@ async def test_reloads_wait_for_each_other(house: House) -> None:
     await house.reloader.start(None)
     await asyncio.gather(house.reloader.reload(TWO), house.reloader.reload(ONE))
     assert house.reloader.config is ONE and house.configured == {"a", "b"}
+
+
+MOVED = config(replace(TWO.services[0], listen=Listen(IPv4Address("203.0.113.9"), 80, 80, Protocol.TCP)))
+
+
+def as_it_is(house: House) -> tuple[object, ...]:
+    """All that a configuration decides."""
+    engine = house.reloader.engine
+    assert engine is not None
+    return (
+        house.reloader.config,
+        engine,
+        engine.config,
+        {key: entry for key, (_, entry) in engine.applied.backends.items()},
+        {name: (service.entry, service.table.tolist()) for name, service in engine.applied.services.items()},
+        engine.applied.published,
+        dict(house.monitor.health),
+        {name: dict(backends) for name, backends in house.monitor.statuses.by_service.items()},
+        set(house.monitor._targets),
+        set(house.addresses),
+    )
+
+
+@pytest.mark.parametrize("other_maps", [False, True], ids=["same maps", "other maps"])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), XdplbError("no"), ZeroDivisionError("a bug")]
+)
+def test_a_reload_that_fails_anywhere_has_changed_nothing_and_the_next_one_succeeds(
+    tmp_path: Path, failure: Exception, other_maps: bool
+) -> None:
+    """Every step fails once; the last try is the one in which none did."""
+
+    @in_house
+    async def scenario(house: House) -> None:
+        await house.reloader.start(None)
+        before = as_it_is(house)
+        for steps in range(20):
+            house.next_plane = Plane("second", house.log) if other_maps else None
+            house.fail_after, house.failure = steps, failure
+            try:
+                await house.reloader.reload(MOVED)
+            except (XdplbError, ZeroDivisionError):
+                assert as_it_is(house) == before, f"after {steps} steps"
+                house.fail_after = -1
+            else:
+                break
+        else:
+            pytest.fail("it never succeeded")
+        assert steps >= (6 if other_maps else 4)
+        house.fail_after = -1
+        assert house.reloader.config is MOVED and house.configured == {"a", "b", "c"}
+        assert house.addresses == {IPv4Address("203.0.113.9")}
+
+    scenario(tmp_path)
+
+
+@in_house
+async def test_notes_that_cannot_be_written_are_an_alarm_and_written_later(house: House) -> None:
+    await house.reloader.start(None)
+    house.refuse["save"] = XdplbError("/run/xdplb/eth0/manifest.json cannot be written: No space left on device", "df")
+    house.reloader.save()
+    assert [alarm.name for alarm in house.alarms] == ["state-not-saved"]
+    house.refuse.clear()
+    house.log.clear()
+    house.reloader.keep_up()
+    assert house.log == ["save"] and not house.alarms
+
+
+@in_house
+async def test_maps_that_could_not_be_written_are_an_alarm_and_written_later(house: House) -> None:
+    await house.reloader.start(None)
+    assert house.reloader.engine is not None
+    writing: Any = house.reloader.engine._writer
+    working = writing.apply
+    writing.apply = lambda operation: (_ for _ in ()).throw(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    await house.reloader.reload(TWO)
+    assert [alarm.name for alarm in house.alarms] == ["maps-behind"] and house.reloader.config is TWO
+    writing.apply = working
+    house.reloader.keep_up()
+    assert house.configured == {"a", "b", "c"} and not house.alarms
+
+
+@in_house
+async def test_a_reload_before_the_start_is_done_is_refused(house: House) -> None:
+    with pytest.raises(XdplbError, match="still starting"):
+        await house.reloader.reload(TWO)
