@@ -290,3 +290,28 @@ def test_quantities_have_three_digits_or_four(count: float, text: str) -> None:
 )
 def test_ages_are_in_their_largest_unit(moment: str, text: str) -> None:
     assert views.age(moment, NOW) == text
+
+
+ALARM = {"name": "state-not-saved", "since": "2026-01-01T00:00:00Z", "text": "the disk is full", "fix": "df -h /run"}
+
+
+def test_alarms_come_before_everything_else() -> None:
+    lines = rendered(views.status({"services": [], "alarms": [ALARM]}, NOW)).splitlines()
+    assert lines == ["alarm: the disk is full", "  hint: df -h /run", "no services"]
+
+
+def test_a_start_is_no_lack_of_services() -> None:
+    said = rendered(views.status({"services": [], "starting": True}, NOW))
+    assert said.startswith("starting: ")
+
+
+def test_problems_are_alarms_a_start_and_services_that_cannot_serve() -> None:
+    dead = a_backend("a", effective_weight=0)
+    answer: Any = {**a_status(dead), "alarms": [ALARM]}
+    assert views.problems(answer) == [
+        "alarm state-not-saved: the disk is full",
+        "service web: no backend takes new flows",
+    ]
+    assert views.problems(a_status(dead, a_backend("b"))) == []
+    assert views.problems({"services": [], "starting": True}) == ["xdplb is still starting"]
+    assert views.problems({"services": []}) == []
