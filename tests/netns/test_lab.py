@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -418,6 +419,19 @@ class TestInterruption:
         (directory / "owner").write_text("1")
         remove_stale()
         assert not directory.exists()
+
+    def test_nobody_judges_what_is_of_another_container(self) -> None:
+        """That has a /run of its own, or else PIDs of its own."""
+        prefix, other = (f"xdplb-lab-{2**22 + 1}-{number}" for number in (1, 2))
+        (pins := Path("/sys/fs/bpf") / prefix).mkdir()
+        (directory := Path("/run") / other).mkdir()
+        try:
+            (directory / "owner").write_text("1 pid:[1]")
+            remove_stale()
+            assert pins.exists() and directory.exists()
+        finally:
+            pins.rmdir()
+            shutil.rmtree(directory)
 
 
 def command_lines() -> Iterator[bytes]:

@@ -168,7 +168,7 @@ class Laboratory:
         self._open.add(self)
         atexit.register(self.close)
         with uninterrupted():
-            remains.guard.add(self.prefix)
+            remains.claim(self.prefix)
         if threading.current_thread() is threading.main_thread():
             for number in _FATAL:
                 if signal.getsignal(number) is signal.SIG_DFL:
@@ -179,7 +179,6 @@ class Laboratory:
         with uninterrupted():
             for host in self.hosts.values():
                 host.directory.mkdir(parents=True)
-            (self.directory / "owner").write_text(remains.start_time(self._owner))
             _mount_bpffs()
         with uninterrupted():
             _ip_batch([f"netns add {host.namespace.name}" for host in self.hosts.values()])

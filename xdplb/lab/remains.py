@@ -2,9 +2,12 @@
 
 A laboratory is known by its prefix, xdplb-lab-PID-N, and so is everything that it makes there:
 
+    /run/PREFIX/             directories of the hosts: logs, configuration, sockets; and whose all this is
     /run/netns/PREFIX-HOST   a named network namespace for each host (`ip netns` lists them)
-    /run/PREFIX/             directories of the hosts: logs, configuration, sockets
     /sys/fs/bpf/PREFIX/      what the gateway pins
+
+The first of these is made first and goes last. Where it is missing, the rest belongs to somebody with another /run: a
+container, say, that shares the BPF file system with this one.
 
 While a process has some of that, it has a guard: a child that waits for its end, and then removes what is left. That is
 this file run by its path (`python -IS remains.py PID`), so it imports the standard library only.
@@ -28,7 +31,6 @@ from pathlib import Path
 NAMESPACES = Path("/run/netns")
 DIRECTORIES = Path("/run")
 PINS = Path("/sys/fs/bpf")
-_PLACES = (NAMESPACES, DIRECTORIES, PINS)
 _PREFIX = "xdplb-lab"
 _MNT_DETACH = 2
 _KILL_S = 1.0
@@ -73,10 +75,20 @@ guard = Guard()
 """The one of this process."""
 
 
+def claim(prefix: str) -> None:
+    """Notes that the prefix is this process's, and that its guard has to know."""
+    directory = DIRECTORIES / prefix
+    if directory.exists():  # of a former process that had this one's number
+        dismantle(prefix)
+    directory.mkdir(parents=True)
+    (directory / "owner").write_text(f"{_start_time(os.getpid())} {_pid_namespace()}")
+    guard.add(prefix)
+
+
 @contextlib.contextmanager
 def claimed(prefix: str) -> Iterator[None]:
     """For what is no laboratory but goes by such a name: all of it is gone afterwards."""
-    guard.add(prefix)
+    claim(prefix)
     try:
         yield
     finally:
@@ -86,30 +98,34 @@ def claimed(prefix: str) -> Iterator[None]:
 
 def left(prefix: str) -> list[Path]:
     """What there is with this prefix."""
-    paths = [path for place in _PLACES for path in (place / prefix, *place.glob(f"{prefix}-*"))]
+    paths = [path for place in (DIRECTORIES, NAMESPACES, PINS) for path in (place / prefix, *place.glob(f"{prefix}-*"))]
     return [path for path in paths if path.exists()]
 
 
 def stale() -> list[str]:
     """Prefixes whose owners are dead and had no guard, or one that died with them."""
-    names = (re.match(rf"({_PREFIX}-(\d+)-\d+)(?:-|$)", path.name) for path in _all())
-    owners = {name[1]: int(name[2]) for name in names if name}
-    return sorted(prefix for prefix, pid in owners.items() if not _owner_lives(prefix, pid))
+    return sorted(prefix for prefix, pid in _owners() if not _owner_lives(prefix, pid))
 
 
-def _all() -> list[Path]:
-    return [path for place in _PLACES for path in place.glob(f"{_PREFIX}-*")]
+def _owners() -> list[tuple[str, int]]:
+    """All prefixes of this machine, as far as it shares /run with this process, and the processes that made them."""
+    names = (re.fullmatch(rf"{_PREFIX}-(\d+)-\d+", path.name) for path in DIRECTORIES.glob(f"{_PREFIX}-*"))
+    return [(name[0], int(name[1])) for name in names if name]
 
 
 def _owner_lives(prefix: str, pid: int) -> bool:
-    """Whether the process that made the laboratory is alive, and not another one that got its pid."""
-    started = start_time(pid)
-    with contextlib.suppress(FileNotFoundError):
-        return started != "" and started == (DIRECTORIES / prefix / "owner").read_text()
-    return started != ""
+    """Whether the process that made the laboratory is alive, and not another one that got its pid. One that counts
+    processes otherwise than this one, in a PID namespace of its own, may be.
+    """
+    alive = _start_time(pid)
+    try:
+        started, _, namespace = (DIRECTORIES / prefix / "owner").read_text().partition(" ")
+    except FileNotFoundError:
+        return alive != ""
+    return alive == started if namespace in ("", _pid_namespace()) else True
 
 
-def start_time(pid: int) -> str:
+def _start_time(pid: int) -> str:
     """Field 22 of /proc/PID/stat (proc_pid_stat(5)); empty if there is no such process, or its parent only has not
     noticed its end yet (field 3).
     """
@@ -118,6 +134,10 @@ def start_time(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def _pid_namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())
 
 
 def dismantle(prefix: str) -> None:
@@ -180,8 +200,7 @@ def _clear_up_after(pid: int) -> None:
         handle = os.pidfd_open(pid)
         if os.getppid() == pid:
             select.select([handle], [], [])
-    names = (re.match(rf"{_PREFIX}-{pid}-\d+", path.name) for path in _all())
-    for prefix in sorted({name[0] for name in names if name}):
+    for prefix in sorted(prefix for prefix, owner in _owners() if owner == pid):
         dismantle(prefix)
 
 
