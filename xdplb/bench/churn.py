@@ -1,13 +1,14 @@
 """Counts what changes of the pool break: a trace of flows replayed through the loaded program by test runs.
 
-Time is compressed: a tick of the packet path, nearly a second in service, is one timer interrupt here, so that more
-than three hours pass in less than a minute. All else is the real thing: program, maps, planner, settling. The same
+Time is compressed: a tick of the packet path, nearly a second in service, is 4 ms here, so that more than three hours
+pass in less than a minute. All else is the real thing: program, maps, planner, settling. The same
 trace runs through a conventional design, which remembers every flow in a BPF LRU hash of the same memory.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import bundle, loader, syscall
-from xdplb.dataplane.clock import clock
+from xdplb.dataplane.clock import Clock, clock
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import Admin, BackendKey, HealthState
 
@@ -174,10 +175,11 @@ class Replay:
         moments = np.append(np.sort(moments + self._random.uniform(0, 30, changes)), np.inf)
         events = [(float(time[0]), flow, 0) for flow, time in enumerate(times)]
         heapq.heapify(events)
-        start, settled, flooded, spoofed = clock(0).tick, 0, 0, 0
+        fast = _clock()
+        start, settled, flooded, spoofed = fast.tick, 0, 0, 0
         while events:
             due, flow, number = heapq.heappop(events)
-            while (now := clock(0).tick - start) < due:
+            while (now := fast.tick - start) < due:
                 pass
             self.outcome.behind = max(self.outcome.behind, int(now - due))
             if now >= moments[self.outcome.changes]:
@@ -192,7 +194,7 @@ class Replay:
             last = number + 1 == len(times[flow])
             if self._packet(flow, _SYN if number == 0 else _FIN if last else _ACK) and not last:
                 heapq.heappush(events, (float(times[flow][number + 1]), flow, number + 1))
-        self.outcome.flood_per_s = spoofed * clock(0).frequency // (clock(0).tick - start)
+        self.outcome.flood_per_s = int(spoofed / ((fast.tick - start) * fast.tick_s))
         return self.outcome
 
     def _trace(self, ticks: int) -> list[Any]:
@@ -245,20 +247,25 @@ def _frame(flow: int, flags: int) -> bytes:
     return bytes(12) + b"\x08\x00" + network + port + b"\x00\x50" + bytes(8) + bytes([0x50, flags]) + bytes(6)
 
 
+def _clock() -> Clock:
+    """Its ticks are 4 ms where the timer's frequency is 250 Hz or a multiple, and of that order elsewhere."""
+    return clock(max(0, round(math.log2(clock().frequency / 250))))
+
+
 @contextmanager
 def _open(window: int, capacity: int) -> Iterator[tuple[Dataplane, Engine, list[str]]]:
     """A program and an engine on fast ticks, and the flags to compile others for the same maps."""
     backends = "".join(f"  - {{name: b{n}, address: 10.0.0.{n}, weight: 10}}\n" for n in range(1, BACKENDS + 1))
     text = f"services:\n- name: s\n  listen: 203.0.113.1:80\n  forward: dsr\n  check: none\n  backends:\n{backends}"
     config = configuration.parse(text, "churn")
-    seconds = window / clock(0).frequency
+    seconds = window * _clock().tick_s
     config = replace(config, flow_cache=replace(config.flow_cache, window_s=seconds))
-    features = requirements.features(config, False, FlowTimes(tick_shift=0, budget=1 << 30))
+    features = requirements.features(config, False, FlowTimes(tick_shift=_clock().shift, budget=1 << 30))
     geometry = replace(requirements.geometry(config), flow_sets=capacity // flow_cache.WAYS)
     pins = paths.pin_directory() / f"churn-{os.getpid()}" / "maps"
     try:
         plane = loader.open_dataplane(features, geometry, _KEY, pins)
-        engine = Engine(plane, _KEY, config, Statuses(), Applied(geometry), Retired(), clock(0))
+        engine = Engine(plane, _KEY, config, Statuses(), Applied(geometry), Retired(), _clock())
         yield plane, engine, bundle.compiler_flags(defines(features, geometry), _KEY, pins)
     finally:
         loader.remove_pins(pins.parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from xdplb.bench import churn
@@ -11,9 +13,26 @@ MOST_REMEMBERED = 0.15
 """At the peak, of the flows alive then."""
 
 
+IN_TIME = 50
+"""By how many ticks a replay may be late: a flow that goes on more than 60 after its SYN has ended by then."""
+
+pytestmark = pytest.mark.alone
+
+
+def replay(*numbers: int, **options: Any) -> churn.Outcome:
+    """Again where the machine was too busy for a replay in real time, which then says nothing."""
+    late = []
+    while len(late) < 3:
+        outcome = churn.replay(*numbers, **options)
+        if outcome.behind < IN_TIME:
+            return outcome
+        late.append(outcome.behind)
+    pytest.fail(f"this machine is too busy: each replay was late, by {late} ticks")
+
+
 @pytest.mark.parametrize("flood", [False, True], ids=["quiet", "under a flood of SYNs"])
 def test_no_flow_breaks_but_those_of_failed_and_removed_backends(bpf_able: None, flood: bool) -> None:
-    outcome = churn.replay(FLOWS, TICKS, CHANGES, flood=flood)
+    outcome = replay(FLOWS, TICKS, CHANGES, flood=flood)
     assert outcome.changes == CHANGES
     assert outcome.packets > 3 * FLOWS
     assert outcome.excused > 0
@@ -23,4 +42,4 @@ def test_no_flow_breaks_but_those_of_failed_and_removed_backends(bpf_able: None,
 
 
 def test_without_a_window_flows_break(bpf_able: None) -> None:
-    assert churn.replay(20_000, 1500, 42, window=0).broken > 50
+    assert replay(20_000, 1500, 42, window=0).broken > 50
