@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from stage import (
     traffic,
 )
 
-from xdplb.lab.laboratory import Laboratory, Shape, UdpEcho, WebServer, await_until
+from xdplb.lab.laboratory import Laboratory, Process, Shape, UdpEcho, WebServer, await_until
 from xdplb.model import Forward
 
 URL = f"http://{VIP[4]}/"
@@ -113,12 +114,24 @@ def test_killed_daemon_packets_flow_on_and_the_next_one_takes_over(lab: Laborato
 
 
 def refused(lab: Laboratory) -> bool:
-    """Whether the gateway's own kernel answers, where nobody listens: not yet for one that it resets half-way."""
+    """Whether the gateway's own kernel answers, where nobody listens. Not yet if it comes in half-way: it resets the
+    request then, or the client waits for an answer in vain.
+    """
     try:
         fetch(lab.client, VIP[4], 80)
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError) as error:
         return isinstance(error, ConnectionRefusedError)
     return False
+
+
+@contextmanager
+def stopped(process: Process) -> Iterator[None]:
+    """As one whose event loop is stuck."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def test_on_control_loss_pass_leaves_packets_to_the_kernel_until_a_daemon_is_back(
@@ -129,10 +142,9 @@ def test_on_control_loss_pass_leaves_packets_to_the_kernel_until_a_daemon_is_bac
     with traffic(lab.client, URL) as load:
         continues(load, requests=1000)  # 5 s
 
-    balancer.process.send_signal(signal.SIGSTOP)  # as one whose event loop is stuck
-    assert not refused(lab)
-    await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
-    balancer.process.send_signal(signal.SIGCONT)
+    with stopped(balancer.process):
+        assert not refused(lab)
+        await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
     await_until(lambda: not refused(lab), "it is trusted again")
 
     balancer.kill()
