@@ -76,8 +76,7 @@ class Run:
 def test_of_one_that_fails(tmp_path: Path) -> None:
     with Run(tmp_path, "fail") as run:
         output, _ = run.process.communicate(timeout=4 * PATIENCE_S)
-        assert run.process.returncode == 1 and "failed as planned" in output
-        assert run.told.exists(), output
+        assert (run.process.returncode, "failed as planned" in output, run.told.exists()) == (1, True, True), output
         await_until(run.nothing_is_left, "nothing is left of it", PATIENCE_S)
 
 
