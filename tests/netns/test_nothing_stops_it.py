@@ -163,3 +163,14 @@ def test_all_is_well_with_exit_code_0_and_a_service_that_cannot_serve_with_1(
     assert (status["alarms"], status["starting"]) == ([], False) and status["loop_lag_ms"] >= 0
     for name in ("backend1", "backend2"):
         balancer.cli("backend", "ready", f"web80/{name}")
+
+
+def test_without_its_interface_there_is_nothing_left_to_do(lab: Laboratory, balancer: Balancer) -> None:
+    lab.gateway.run(["ip", "link", "add", "spare0", "type", "veth", "peer", "name", "spare1"])
+    lab.gateway.run(["ip", "link", "set", "spare0", "up"])
+    spare = Balancer(lab, "spare0")
+    spare.up(web(lab))
+    lab.gateway.run(["ip", "link", "del", "spare0"])
+    assert spare.process.wait(20) == 6
+    assert "the interface spare0 is gone" in spare.process.log() and "Traceback" not in spare.process.log()
+    assert not spare.runtime.exists() and not spare.pins.exists()

@@ -108,7 +108,8 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
 
     def on_link(event: LinkEvent) -> None:
         if event.deleted and event.interface.index in {interface.index for interface in interfaces}:
-            raise NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
+            gone = NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
+            daemon.end_with(gone)
 
     alarms = Alarms()
     overrides = Overrides.of(instance)
@@ -126,7 +127,8 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         alarms,
     )
     failover = Failover(monitor.statuses, lambda: reloader.engine, reloader.save)
-    return Daemon(options, interfaces, left, overrides, monitor, reloader, failover, alarms)
+    daemon = Daemon(options, interfaces, left, overrides, monitor, reloader, failover, alarms)
+    return daemon
 
 
 def _first(group: ExceptionGroup[XdplbError]) -> XdplbError:
@@ -194,6 +196,7 @@ class Daemon:
         self._supervisor = Supervisor(alarms)
         self._stop = asyncio.Event()
         self._leaves = False
+        self._error: XdplbError | None = None
 
     async def run(self, serve: Serve) -> None:
         """Until told to end. `serve` answers commands from the first moment on; most of them once packets flow."""
@@ -212,6 +215,8 @@ class Daemon:
                 if await self._unless_stopped(tasks.create_task(self._reloader.start(self._left))):
                     notify.ready()
                     await self._stop.wait()
+                if self._error is not None:
+                    raise self._error
                 log.info("ending")
             finally:
                 for task in tending:
@@ -290,6 +295,11 @@ class Daemon:
     def stop(self) -> None:
         """Ends balancing: `run` returns soon."""
         self._stop.set()
+
+    def end_with(self, error: XdplbError) -> None:
+        """Ends balancing, because there is nothing left to balance on: `run` raises the error soon."""
+        self._error = error
+        self.stop()
 
     def leave(self) -> None:
         """Has the packet path go on when this daemon ends, if it has begun."""
