@@ -14,14 +14,14 @@ from world import DOWN, MODES, NAT, PORTS, SILENT, UNREACHABLE, Mode, World
 
 from xdplb.abi import Subject
 from xdplb.api import explanation
-from xdplb.dataplane import frames, syscall
+from xdplb.dataplane import bundle, frames, syscall
 from xdplb.dataplane.frames import Endpoint, Flow
 from xdplb.dataplane.trace import Reason, Trace
 from xdplb.model import BackendKey, Forward, Protocol
 
 MAC = bytes.fromhex(FRONT_MAC.replace(":", ""))
-NO_STATE = {"tail_calls", "stages"}
-"""Scratch, and programs."""
+NO_STATE = {"tail_calls"}
+"""Scratch."""
 
 
 def a_flow(source: str, destination: str, port: int, protocol: str = "tcp", source_port: int = 40000) -> Flow:
@@ -52,7 +52,7 @@ def told(world: World, flow: Flow, trace: Trace) -> Any:
 
 def memory(world: World) -> dict[str, Any]:
     """All that the maps hold, but for what is not state."""
-    names = {pin.name for pin in world.plane.pins.iterdir()}
+    names = set(bundle.map_names())
     assert {"flow_sets", "flow_counters", "nat_flows", "verdict_counters", "backend_counters", "direct_seen"} < names
     return {name: _content(world, name) for name in names if name not in NO_STATE}
 
