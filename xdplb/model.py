@@ -93,6 +93,17 @@ class CheckType(enum.StrEnum):
     HTTP = "http"
     HTTPS = "https"
 
+    @property
+    def speaks_http(self) -> bool:
+        return self in (CheckType.HTTP, CheckType.HTTPS)
+
+
+class TlsVersion(enum.StrEnum):
+    TLS1_0 = "1.0"
+    TLS1_1 = "1.1"
+    TLS1_2 = "1.2"
+    TLS1_3 = "1.3"
+
 
 class HealthState(enum.StrEnum):
     UNKNOWN = "unknown"
@@ -144,6 +155,19 @@ class Listen:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """How an https check speaks TLS. `authorities` is the content of the file `ca`; without them, those of the system
+    count. `sni` is None where the name is that of the Host header.
+    """
+
+    verify: bool = False
+    ca: str | None = None
+    authorities: str = ""
+    sni: str | None = None
+    min_version: TlsVersion = TlsVersion.TLS1_2
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """How to find out whether a backend works. `expect` holds inclusive ranges of HTTP status codes."""
 
@@ -157,6 +181,7 @@ class Check:
     path: str = "/"
     host: str | None = None
     expect: tuple[tuple[int, int], ...] = ((200, 399),)
+    tls: Tls = Tls()
 
 
 @dataclass(frozen=True, slots=True)

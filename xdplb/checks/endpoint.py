@@ -1,13 +1,10 @@
-"""What all kinds of checks share: what is checked, how far a check has got, and what an attempt comes to."""
+"""What all kinds of checks share: what is checked, and what the layers are at which a check can fail."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
-
-from yarl import URL
 
 from xdplb.model import Address, Check
 
@@ -22,9 +19,13 @@ class Endpoint:
     host: str | None = None
 
     @property
-    def url(self) -> URL:
-        literal = f"[{self.address}]" if self.address.version == 6 else str(self.address)
-        return URL(f"{self.check.type}://{literal}:{self.port}{self.check.path}")
+    def socket_address(self) -> tuple[str, int]:
+        return str(self.address), self.port
+
+    @property
+    def literal(self) -> str:
+        """The address as it stands before a port."""
+        return f"[{self.address}]" if self.address.version == 6 else str(self.address)
 
     @property
     def phase(self) -> float:
@@ -34,29 +35,20 @@ class Endpoint:
 
 
 class Layer(enum.StrEnum):
-    """The layer a check is at work on: what fails now fails there."""
+    """The layer a check is at work on: what fails now fails there. PROC is a program that the check has started."""
 
+    L3 = "L3"
     L4 = "L4"
     L6 = "L6"
     L7 = "L7"
+    PROC = "PROC"
 
     @property
     def failure(self) -> str:
-        return "L4CON" if self is Layer.L4 else f"{self}RSP"
+        if self is Layer.PROC:
+            return "PROCERR"
+        return f"{self}CON" if self in (Layer.L3, Layer.L4) else f"{self}RSP"
 
     @property
     def timeout(self) -> str:
         return f"{self}TOUT"
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a check has got; outlives the exception that ends it."""
-
-    layer: Layer = Layer.L4
-
-
-class Perform(Protocol):
-    """One check on the wire, without time limit: (ok, reason). Every exception is a failure at `progress.layer`."""
-
-    async def __call__(self, endpoint: Endpoint, progress: Progress) -> tuple[bool, str]: ...

@@ -6,31 +6,33 @@ reasons to core/health.py.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
 
-from xdplb.checks import tcp
-from xdplb.checks.endpoint import Endpoint, Perform, Progress
-from xdplb.checks.http import HttpChecks
+from xdplb.checks.attempt import Attempt, CheckFailed, Kind, Steps
+from xdplb.checks.endpoint import Endpoint
+from xdplb.checks.http import HttpCheck
+from xdplb.checks.tcp import TcpCheck
 from xdplb.model import CheckType
 
+_KINDS: dict[CheckType, Callable[[Endpoint], Kind]] = {
+    CheckType.TCP: TcpCheck,
+    CheckType.HTTP: HttpCheck,
+    CheckType.HTTPS: HttpCheck,
+}
 
-class Wire:
-    """The checks as configured, over real sockets; an asynchronous context manager."""
 
-    def __init__(self) -> None:
-        self._http = HttpChecks()
-        self._kinds: dict[CheckType, Perform] = {
-            CheckType.TCP: tcp.check,
-            CheckType.HTTP: self._http.check,
-            CheckType.HTTPS: self._http.check,
-        }
+def kind_of(endpoint: Endpoint) -> Kind:
+    """The checks of this endpoint. One that cannot be made fails, each time, with the reason."""
+    try:
+        return _KINDS[endpoint.check.type](endpoint)
+    except (ValueError, OSError) as error:
+        return _Unusable(str(error))
 
-    async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
-        return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await self._http.__aexit__(*error)
+class _Unusable:
+    def __init__(self, cause: str) -> None:
+        self._cause = cause
 
-    async def __call__(self, endpoint: Endpoint, progress: Progress) -> tuple[bool, str]:
-        return await self._kinds[endpoint.check.type](endpoint, progress)
+    def __call__(self, attempt: Attempt) -> Steps:
+        raise CheckFailed(self._cause)
+        yield

@@ -1,23 +1,22 @@
 """Health checking as it runs: who is checked when, and who hears of it.
 
-Time is the event loop's. A probe waits as one timer in the loop's own heap, not as a sleeping task; a task lives only
-as long as its check. Every verdict goes to `on_result`, whose owner keeps the Health and says when to look again.
+Time is the event loop's. A probe waits as one timer in the loop's own heap; the checks themselves are carried out
+elsewhere (process.py). Every verdict goes to `on_result`, whose owner keeps the Health and says when to look again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
-import aiohttp
-
-from xdplb.checks.endpoint import Endpoint, Perform, Progress
-from xdplb.checks.kinds import Wire
+from xdplb.checks.endpoint import Endpoint
+from xdplb.checks.frames import Report, Result
+from xdplb.checks.process import Checker, OpenChecker, open_process
 from xdplb.checks.targets import Target
 from xdplb.core.health import CheckResult
 from xdplb.model import Address, BackendKey, Check, CheckType
@@ -26,10 +25,11 @@ _log = logging.getLogger(__name__)
 
 FIRST_CHECKS_WITHIN_S = 0.3
 FIRST_CHECKS_PER_S = 2000
-STARTS_PER_LOOP_PASS = 16
-"""Bounds how long a burst keeps the event loop from its other work: a start costs about 0.1 ms."""
+STARTS_PER_LOOP_PASS = 64
+"""Bounds how long a burst keeps the event loop from its other work: a start costs some 10 µs."""
 
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_RESTART_AFTER_S = (0.0, 0.1, 1.0, 5.0)
+_RAN_WELL_S = 30.0
 
 
 def first_checks_within_s(count: int, interval_s: float) -> float:
@@ -53,23 +53,30 @@ def next_start(started: float, interval_s: float, check: Check, phase: float) ->
 
 @dataclass(slots=True, eq=False)
 class _Probe:
-    """At most one of `timer`, `queued` and `task` is set; none while the prober does not run."""
+    """At most one of `timer`, `queued` and `in_flight` is set; none while the prober does not run.
 
+    `trouble`: what this host lacked for the latest check.
+    """
+
+    number: int
     endpoint: Endpoint
     phase: float
     keys: dict[BackendKey, None] = field(default_factory=dict)
     timer: asyncio.TimerHandle | None = None
     queued: bool = False
-    task: asyncio.Task[None] | None = None
+    in_flight: bool = False
+    started: float = 0.0
     again_at_once: bool = False
     removed: bool = False
+    trouble: str = ""
 
 
 class Prober:
     """Checks all targets, each endpoint once however many targets share it, until `run` is cancelled.
 
     `next_interval` is asked after `on_result`, in seconds from start to start. At most `max_in_flight` checks are on
-    the wire; where even that many do not answer, checks come late but in order. For the event loop's thread only.
+    the wire, or fewer where descriptors are short; where even that many do not answer, checks come late but in order.
+    For the event loop's thread only.
     """
 
     def __init__(
@@ -77,29 +84,57 @@ class Prober:
         on_result: Callable[[BackendKey, CheckResult], None],
         next_interval: Callable[[BackendKey], float],
         *,
-        perform: Perform | None = None,
-        max_in_flight: int = 512,
+        open_checker: OpenChecker = open_process,
+        max_in_flight: int = 4096,
     ) -> None:
         self._on_result = on_result
         self._next_interval = next_interval
-        self._perform = perform
+        self._open_checker = open_checker
         self._max_in_flight = max_in_flight
+        self._room = max_in_flight
         self._probes: dict[Endpoint, _Probe] = {}
+        self._by_number: dict[int, _Probe] = {}
         self._at_address: dict[Address, set[_Probe]] = {}
         self._queue: deque[_Probe] = deque()
         self._in_flight = 0
+        self._numbers = count(1)
         self._pump_scheduled = False
         self._logged: set[str] = set()
+        self._troubles: Counter[str] = Counter()
+        self._told_room = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._checker: Checker
+
+    @property
+    def trouble(self) -> str | None:
+        """What this host lacks to carry out checks, in words; None where it lacks nothing."""
+        if not self._troubles:
+            return None
+        return "; ".join(f"{number} left out: {what}" for what, number in self._troubles.most_common())
 
     async def run(self) -> None:
-        async with Wire() as wire, asyncio.TaskGroup() as tasks:
-            self._on_wire = self._perform or wire
-            self._tasks = tasks
-            self._loop = asyncio.get_running_loop()
+        """What carries the checks out is started anew when it ends."""
+        loop, failures = asyncio.get_running_loop(), 0
+        while True:
+            await asyncio.sleep(_RESTART_AFTER_S[min(failures, len(_RESTART_AFTER_S) - 1)])
+            began = loop.time()
             try:
+                await self._run_once(loop)
+                reason = "it was killed, or crashed"
+            except OSError as error:
+                reason = str(error)
+            failures = 1 if loop.time() - began > _RAN_WELL_S else failures + 1
+            _log.error("the process of the health checks has ended (%s); it is started anew", reason)
+
+    async def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
+        async with self._open_checker(self._on_report) as checker:
+            self._checker, self._loop = checker, loop
+            try:
+                for probe in self._probes.values():
+                    checker.define(probe.number, probe.endpoint)
+                self._tell_room()
                 self._hasten(self._probes.values())
-                await self._loop.create_future()
+                await checker.ended()
             finally:
                 self._stop()
 
@@ -121,39 +156,48 @@ class Prober:
             if keys.keys() - probe.keys.keys():
                 hurried.append(probe)
             probe.keys = keys
+        self._tell_room()
         self._hasten(hurried)
 
     def burst(self, address: Address) -> None:
         """Check everything at this address now. A check in flight is not doubled, but followed by another at once."""
         for probe in self._at_address.get(address, ()):
-            if probe.task is not None:
+            if probe.in_flight:
                 probe.again_at_once = True
             elif not probe.queued:
                 self._enqueue(probe)
 
     def _add(self, endpoint: Endpoint) -> _Probe:
-        probe = self._probes[endpoint] = _Probe(endpoint, endpoint.phase)
+        probe = self._probes[endpoint] = _Probe(next(self._numbers), endpoint, endpoint.phase)
+        self._by_number[probe.number] = probe
         self._at_address.setdefault(endpoint.address, set()).add(probe)
+        if self._loop is not None:
+            self._checker.define(probe.number, endpoint)
         return probe
 
     def _remove(self, endpoint: Endpoint) -> None:
         probe = self._probes.pop(endpoint)
+        del self._by_number[probe.number]
         probe.removed = True
         self._disarm(probe)
-        if probe.task is not None:
-            probe.task.cancel()
+        self._note_trouble(probe, "")
+        if self._loop is not None:
+            self._checker.forget(probe.number)
+        if probe.in_flight:
+            self._land(probe)
         neighbours = self._at_address[endpoint.address]
         neighbours.remove(probe)
         if not neighbours:
             del self._at_address[endpoint.address]
 
     def _stop(self) -> None:
-        """No more starts; the task group ends what is in flight."""
+        """No more starts, and no results of what is in flight."""
         self._loop = None
         for probe in self._probes.values():
             self._disarm(probe)
-            probe.queued = False
+            probe.queued = probe.in_flight = probe.again_at_once = False
         self._queue.clear()
+        self._in_flight = 0
 
     def _hasten(self, probes: Iterable[_Probe]) -> None:
         """Check these soon, one after the other as their phases say."""
@@ -166,7 +210,7 @@ class Prober:
 
     def _schedule(self, probe: _Probe, due: float) -> None:
         """Check no later than `due`. What is queued or in flight is checked sooner than that anyway."""
-        if self._loop is None or probe.queued or probe.task is not None:
+        if self._loop is None or probe.queued or probe.in_flight:
             return
         if probe.timer is not None and probe.timer.when() <= due:
             return
@@ -187,7 +231,7 @@ class Prober:
         self._pump_soon()
 
     def _pump_soon(self) -> None:
-        if self._loop is None or self._pump_scheduled or not self._queue or self._in_flight >= self._max_in_flight:
+        if self._loop is None or self._pump_scheduled or not self._queue or self._in_flight >= self._room:
             return
         self._pump_scheduled = True
         self._loop.call_soon(self._pump)
@@ -197,7 +241,7 @@ class Prober:
         self._pump_scheduled = False
         if self._loop is None:
             return
-        room = min(STARTS_PER_LOOP_PASS, self._max_in_flight - self._in_flight)
+        room = min(STARTS_PER_LOOP_PASS, self._room - self._in_flight)
         while self._queue and room > 0:
             probe = self._queue.popleft()
             probe.queued = False
@@ -205,47 +249,43 @@ class Prober:
                 continue
             room -= 1
             self._in_flight += 1
-            probe.task = self._tasks.create_task(self._check(probe, self._loop.time()))
-            probe.task.add_done_callback(self._landed)
+            probe.in_flight = True
+            probe.started = self._loop.time()
+            self._checker.start(probe.number)
         self._pump_soon()
 
-    def _landed(self, _: asyncio.Task[None]) -> None:
-        """Runs for a check that was cancelled before its first step, too."""
+    def _land(self, probe: _Probe) -> None:
+        probe.in_flight = False
         self._in_flight -= 1
         self._pump_soon()
 
-    async def _check(self, probe: _Probe, started: float) -> None:
-        try:
-            result = await self._result(probe.endpoint, started)
-        finally:
-            probe.task = None
+    def _on_report(self, report: Report) -> None:
+        if "room" in report:
+            self._room = max(1, min(self._max_in_flight, report["room"]))
+        if "bug" in report:
+            kind = report["bug"].rstrip().rpartition("\n")[2].partition(":")[0]
+            self._log_once(kind, f"a health check failed oddly\n{report['bug']}")
+        for result in report.get("results", ()):
+            probe = self._by_number.get(result.number)
+            if probe is not None and probe.in_flight:
+                self._landed(probe, result)
+
+    def _landed(self, probe: _Probe, result: Result) -> None:
+        self._land(probe)
         check = probe.endpoint.check
-        interval_s = check.fast_interval_s if result is None else self._deliver(probe, result)
+        if result.ok is None:
+            self._note_trouble(probe, result.cause)
+            interval_s = check.fast_interval_s
+        else:
+            self._note_trouble(probe, "")
+            interval_s = self._deliver(probe, CheckResult(result.ok, result.reason, result.duration_s, result.cause))
         again_at_once, probe.again_at_once = probe.again_at_once, False
         if probe.removed:
             return
         if again_at_once:
             self._enqueue(probe)
         else:
-            self._schedule(probe, next_start(started, interval_s, check, probe.phase))
-
-    async def _result(self, endpoint: Endpoint, started: float) -> CheckResult | None:
-        """None when this host, not the backend, was not able."""
-        progress = Progress()
-        try:
-            async with asyncio.timeout(endpoint.check.timeout_s):
-                ok, reason = await self._on_wire(endpoint, progress)
-        except TimeoutError:
-            ok, reason = False, progress.layer.timeout
-        except (OSError, aiohttp.ClientError) as error:
-            if getattr(error, "errno", None) in _OUT_OF_RESOURCES:
-                self._log_once(f"health checks left out: {error}; allow more open files (ulimit -n) or memory")
-                return None
-            ok, reason = False, progress.layer.failure
-        except Exception as error:
-            self._log_once(f"health check of {endpoint.address} port {endpoint.port} failed oddly", error)
-            ok, reason = False, progress.layer.failure
-        return CheckResult(ok, reason, asyncio.get_running_loop().time() - started)
+            self._schedule(probe, next_start(probe.started, interval_s, check, probe.phase))
 
     def _deliver(self, probe: _Probe, result: CheckResult) -> float:
         """Tell the owner; return when the first of the probe's targets wants to be checked again, in seconds.
@@ -260,12 +300,43 @@ class Prober:
                 self._on_result(key, result)
                 intervals_s.append(self._next_interval(key))
             except Exception as error:
-                self._log_once(f"health of {key} not updated", error)
+                self._log_once(type(error).__qualname__, f"health of {key} not updated", error)
         return min(intervals_s, default=probe.endpoint.check.interval_s)
 
-    def _log_once(self, message: str, error: BaseException | None = None) -> None:
+    def _note_trouble(self, probe: _Probe, trouble: str) -> None:
+        """A kind of trouble is said when it begins and when the last check that had it is over it."""
+        before, probe.trouble = probe.trouble, trouble
+        if before == trouble:
+            return
+        if trouble:
+            self._troubles[trouble] += 1
+            if self._troubles[trouble] == 1:
+                where = f"{probe.endpoint.literal}:{probe.endpoint.port}"
+                _log.error("health checks left out: %s (first that of %s); no verdict on backends", trouble, where)
+        if before:
+            self._troubles[before] -= 1
+            if not self._troubles[before]:
+                del self._troubles[before]
+                _log.info("health checks no longer left out: it is over that %s", before)
+
+    def _tell_room(self) -> None:
+        """Where fewer checks can be on the wire than there are: it matters once many backends do not answer."""
+        if (
+            self._loop is None
+            or self._told_room
+            or len(self._probes) <= self._room
+            or self._room == self._max_in_flight
+        ):
+            return
+        self._told_room = True
+        _log.warning(
+            "%d health checks, but only %d at a time: more take more open files (ulimit -Hn, LimitNOFILE=)",
+            len(self._probes),
+            self._room,
+        )
+
+    def _log_once(self, kind: str, message: str, error: BaseException | None = None) -> None:
         """Once for each kind of error, not for each of thousands of checks."""
-        kind = type(error).__qualname__ if error else ""
         if kind not in self._logged:
             self._logged.add(kind)
             _log.error(message, exc_info=error)

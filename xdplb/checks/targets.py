@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xdplb.checks.endpoint import Endpoint
-from xdplb.model import Address, BackendKey, Check, CheckType, Config
+from xdplb.model import Address, BackendKey, Check, Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,7 @@ class Target:
     @property
     def endpoint(self) -> Endpoint:
         """What to check. Targets with the same endpoint are checked by one probe."""
-        speaks_http = self.check.type in (CheckType.HTTP, CheckType.HTTPS)
-        host = self.check.host or self.server_host if speaks_http else None
+        host = self.check.host or self.server_host if self.check.type.speaks_http else None
         return Endpoint(self.address, self.port, self.check, host)
 
 

@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
+import select
 import socket
 import struct
+from collections.abc import Generator
 
-from xdplb.checks.endpoint import Endpoint, Progress
+from xdplb.checks.attempt import Attempt, Steps, Verdict
+from xdplb.checks.endpoint import Endpoint
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """struct linger {on, 0 s}: close() resets. Otherwise whoever closes first keeps the connection in TIME_WAIT for a
 minute; at thousands of checks a second that would be the gateway. HAProxy ends its checks in the same way."""
 
-
-async def check(endpoint: Endpoint, progress: Progress) -> tuple[bool, str]:
-    """Raises OSError where there is no connection."""
-    (await connect(endpoint)).close()
-    return True, "L4OK"
+_DECIDED = select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
-async def connect(endpoint: Endpoint) -> socket.socket:
-    """A connected socket that resets when it is closed."""
-    family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
-    connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-        await asyncio.get_running_loop().sock_connect(connection, (str(endpoint.address), endpoint.port))
-    except BaseException:
+class TcpCheck:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._connect = Connector(endpoint)
+
+    def __call__(self, attempt: Attempt) -> Steps:
+        connection = yield from self._connect(attempt)
         connection.close()
-        raise
-    return connection
+        return Verdict(True, "L4OK")
+
+
+class Connector:
+    """Opens connections to one endpoint."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
+        self._address = endpoint.socket_address
+
+    def __call__(self, attempt: Attempt) -> Generator[None, int, socket.socket]:
+        """A connected socket that resets when it is closed, and whose events resume the attempt."""
+        connection = socket.socket(self._family, _STREAM)
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            error = connection.connect_ex(self._address)
+            if error == errno.EINPROGRESS:
+                attempt.watch(attempt, connection.fileno())
+                events = yield
+                while not events & _DECIDED:
+                    events = yield
+                error = 0
+                if events & (select.EPOLLERR | select.EPOLLHUP):
+                    error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            elif not error:
+                attempt.watch(attempt, connection.fileno())
+            if error:
+                raise OSError(error, "connect")
+        except BaseException:
+            connection.close()
+            raise
+        return connection

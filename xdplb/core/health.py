@@ -11,6 +11,8 @@ The reasons are the codes people know from HAProxy ("show servers state", check_
     L4TOUT      no TCP connection in time
     L6RSP       TLS handshake failed
     L6TOUT      no TLS handshake in time
+
+Beside the code, a failed check has a cause in words: "connection refused", "answered 500 Internal Server Error".
 """
 
 from __future__ import annotations
@@ -25,18 +27,20 @@ NO_CHECK = "no check"
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """How one check ended. `duration_s` is from its start to its verdict."""
+    """How one check ended. `duration_s` is from its start to its verdict; `cause` says why it failed."""
 
     ok: bool
     reason: str
     duration_s: float
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
     """`streak` counts the latest results in a row that speak against `state`; it is 0 while UNKNOWN.
 
-    `reason` and `duration_s` are the latest result's; `since` is when `state` last changed, on the caller's clock.
+    `reason`, `duration_s` and `cause` are the latest result's; `since` is when `state` last changed, on the caller's
+    clock.
     """
 
     state: HealthState
@@ -44,6 +48,11 @@ class Health:
     reason: str
     since: float
     duration_s: float
+    cause: str = ""
+
+    @property
+    def why(self) -> str:
+        return f"{self.reason}: {self.cause}" if self.cause else self.reason
 
 
 def initial(check: Check, now: float) -> Health:
@@ -57,12 +66,12 @@ def observe(health: Health, result: CheckResult, check: Check, now: float) -> He
     """The health after one more result. An UNKNOWN backend takes its first result for a verdict."""
     claimed = HealthState.UP if result.ok else HealthState.DOWN
     if health.state is claimed:
-        return Health(health.state, 0, result.reason, health.since, result.duration_s)
+        return Health(health.state, 0, result.reason, health.since, result.duration_s, result.cause)
     streak = health.streak + 1
     needed = 1 if health.state is HealthState.UNKNOWN else check.rise if result.ok else check.fall
     if streak < needed:
-        return Health(health.state, streak, result.reason, health.since, result.duration_s)
-    return Health(claimed, 0, result.reason, now, result.duration_s)
+        return Health(health.state, streak, result.reason, health.since, result.duration_s, result.cause)
+    return Health(claimed, 0, result.reason, now, result.duration_s, result.cause)
 
 
 def next_interval_s(health: Health, check: Check) -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from xdplb.checks.endpoint import Perform
+from xdplb.checks.process import OpenChecker, open_process
 from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target, Targets, targets
 from xdplb.core import health
@@ -51,7 +51,7 @@ def _as_candidate(key: BackendKey) -> BackendKey:
 class BackendMonitor:
     """`on_change(key)` comes after `statuses` has the new status; `on_link` for every change of an interface.
 
-    `perform` carries out checks in place of real sockets.
+    `open_checker` starts what carries out checks.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class BackendMonitor:
         on_change: Callable[[BackendKey], None],
         on_link: Callable[[LinkEvent], None],
         *,
-        perform: Perform | None = None,
+        open_checker: OpenChecker = open_process,
     ) -> None:
         self.health: dict[BackendKey, Health] = {}
         self.statuses = Statuses()
         self._overrides = overrides
         self._on_change = on_change
-        self._prober = Prober(self._on_result, self._next_interval, perform=perform, max_in_flight=4096)
+        self._prober = Prober(self._on_result, self._next_interval, open_checker=open_checker)
         self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
         self._targets: Targets = {}
         self._candidates: dict[BackendKey, _Candidate] = {}
@@ -201,7 +201,7 @@ class BackendMonitor:
         if now.state is before.state:
             return
         self._news.set()
-        log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.reason)
+        log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.why)
         self._change(key, lambda status: replace(status, health=now.state))
 
     def _candidate(self, key: BackendKey) -> _Candidate | None:

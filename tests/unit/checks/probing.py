@@ -8,13 +8,17 @@ import functools
 import gc
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from xdplb.checks.frames import Report
+from xdplb.checks.process import Checker, Stream
 from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target
+from xdplb.checks.worker import Worker
 from xdplb.core.health import CheckResult
 from xdplb.model import BackendKey, Check
 
@@ -65,8 +69,29 @@ class Watch:
 
 
 @contextlib.asynccontextmanager
+async def open_thread(on_report: Callable[[Report], None], room: int = 4096) -> AsyncIterator[Checker]:
+    """What the process of the checks does, in a thread: it is there at once, and its failures are the test's."""
+    ours, theirs = socket.socketpair()
+    worker = threading.Thread(target=_serve, args=(theirs, room))
+    worker.start()
+    transport, stream = await asyncio.get_running_loop().create_unix_connection(lambda: Stream(on_report), sock=ours)
+    try:
+        await stream.greeted()
+        yield stream
+    finally:
+        transport.abort()
+        await asyncio.shield(asyncio.to_thread(worker.join))
+
+
+def _serve(stream: socket.socket, room: int) -> None:
+    with stream:
+        Worker(stream, room).serve()
+
+
+@contextlib.asynccontextmanager
 async def probing(watch: Watch, targets: Iterable[Target], **options: Any) -> AsyncIterator[Prober]:
-    prober = Prober(watch.on_result, watch.next_interval, **options)
+    """On real sockets, unless the options say otherwise."""
+    prober = Prober(watch.on_result, watch.next_interval, **{"open_checker": open_thread} | options)
     prober.set_targets(targets)
     running = asyncio.create_task(prober.run())
     try:

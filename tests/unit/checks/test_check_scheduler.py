@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from probing import NEVER_S, Watch, in_loop, probing, serving, silent, target
 
-from xdplb.checks.endpoint import Endpoint, Progress
+from xdplb.checks.attempt import Verdict
+from xdplb.checks.coroutines import open_coroutines
+from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.scheduler import FIRST_CHECKS_PER_S, FIRST_CHECKS_WITHIN_S, first_checks_within_s, next_start
 from xdplb.checks.targets import Target
 from xdplb.core.health import CheckResult
@@ -44,7 +46,7 @@ class Gate:
         """Of the checks so far that the test has not yet seen arrive."""
         return [self.arrived.get_nowait() for _ in range(self.arrived.qsize())]
 
-    async def __call__(self, endpoint: Endpoint, progress: Progress) -> tuple[bool, str]:
+    async def __call__(self, endpoint: Endpoint) -> Verdict:
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         self.arrived.put_nowait(endpoint.port)
@@ -52,7 +54,7 @@ class Gate:
             await self.open.wait()
             if self.trouble.get(endpoint.port):
                 raise self.trouble[endpoint.port].pop(0)
-            return True, "L4OK"
+            return Verdict(True, "L4OK")
         finally:
             self.inside -= 1
 
@@ -141,7 +143,7 @@ async def test_the_shared_probe_serves_its_most_hurried_target() -> None:
             return 0.005 if key.backend == "hurried" else super().next_interval(key)
 
     watch = Uneven()
-    async with probing(watch, [gated(1, "calm"), gated(1, "hurried")], perform=Gate(opened=True)):
+    async with probing(watch, [gated(1, "calm"), gated(1, "hurried")], open_checker=open_coroutines(Gate(opened=True))):
         assert await watch.names(6) == ["calm"] * 3 + ["hurried"] * 3
 
 
@@ -157,7 +159,7 @@ async def test_checks_repeat_as_the_owner_wants() -> None:
 async def test_no_check_is_no_probe() -> None:
     watch, gate = Watch(), Gate(opened=True)
     unchecked = gated(1, "unchecked", replace(SOON, type=CheckType.NONE))
-    async with probing(watch, [unchecked, gated(2)], perform=gate) as prober:
+    async with probing(watch, [unchecked, gated(2)], open_checker=open_coroutines(gate)) as prober:
         prober.burst(LOCALHOST)
         assert await watch.names(1) == ["b2"]
     assert gate.arrived.qsize() == 1
@@ -168,7 +170,9 @@ async def test_a_burst_checks_everything_at_the_address_at_once() -> None:
     """Whose next check by itself would be in an hour."""
     watch = Watch()
     elsewhere = target("elsewhere", "127.0.0.2", 1, SOON)
-    async with probing(watch, [gated(1), gated(2), elsewhere], perform=Gate(opened=True)) as prober:
+    async with probing(
+        watch, [gated(1), gated(2), elsewhere], open_checker=open_coroutines(Gate(opened=True))
+    ) as prober:
         assert await watch.names(3) == ["b1", "b2", "elsewhere"]
         for _ in range(3):
             prober.burst(LOCALHOST)
@@ -186,7 +190,7 @@ async def test_a_burst_is_followed_by_fast_checks_until_the_owner_has_its_verdic
             return SOON.fast_interval_s if self.doubts > 0 else super().next_interval(key)
 
     owner = Owner()
-    async with probing(owner, [gated(1)], perform=Gate(opened=True)) as prober:
+    async with probing(owner, [gated(1)], open_checker=open_coroutines(Gate(opened=True))) as prober:
         await owner.result()
         owner.doubts = 3
         prober.burst(LOCALHOST)
@@ -198,7 +202,7 @@ async def test_a_burst_is_followed_by_fast_checks_until_the_owner_has_its_verdic
 async def test_a_burst_does_not_double_a_check_in_flight_but_repeats_it() -> None:
     """The one in flight may have been answered before whatever caused the burst."""
     watch, gate = Watch(), Gate()
-    async with probing(watch, [gated(1)], perform=gate) as prober:
+    async with probing(watch, [gated(1)], open_checker=open_coroutines(gate)) as prober:
         await gate.arrived.get()
         prober.burst(LOCALHOST)
         prober.burst(LOCALHOST)
@@ -234,7 +238,7 @@ async def test_a_removed_target_is_let_go_in_the_middle_of_its_check() -> None:
 @in_loop
 async def test_targets_that_stay_are_not_disturbed() -> None:
     watch, gate = Watch(), Gate()
-    async with probing(watch, [gated(1)], perform=gate) as prober:
+    async with probing(watch, [gated(1)], open_checker=open_coroutines(gate)) as prober:
         await gate.arrived.get()
         prober.set_targets([gated(1), gated(2)])
         assert await gate.arrived.get() == 2
@@ -249,7 +253,7 @@ async def test_targets_that_stay_are_not_disturbed() -> None:
 @in_loop
 async def test_a_target_that_joins_a_probe_need_not_wait_for_its_next_turn() -> None:
     watch = Watch()
-    async with probing(watch, [gated(1, "old")], perform=Gate(opened=True)) as prober:
+    async with probing(watch, [gated(1, "old")], open_checker=open_coroutines(Gate(opened=True))) as prober:
         assert await watch.names(1) == ["old"]
         prober.set_targets([gated(1, "old"), gated(1, "new")])
         assert await watch.names(2) == ["new", "old"]
@@ -270,7 +274,7 @@ async def test_an_owner_may_change_the_targets_from_within(left: list[Target], h
             prober.set_targets(left)
 
     owner, gate = Owner(interval_s=0.005), Gate(opened=True)
-    async with probing(owner, [gated(1, "a"), gated(1, "b")], perform=gate) as prober:
+    async with probing(owner, [gated(1, "a"), gated(1, "b")], open_checker=open_coroutines(gate)) as prober:
         assert await owner.names(1) == ["a"]
         assert set(await owner.names(10)) == heard
     assert (gate.ports().count(1) > 1) is ("a" in heard)
@@ -279,7 +283,7 @@ async def test_an_owner_may_change_the_targets_from_within(left: list[Target], h
 @in_loop
 async def test_removed_before_its_first_step_a_check_gives_its_place_back() -> None:
     watch, gate = Watch(), Gate()
-    async with probing(watch, [], perform=gate, max_in_flight=1) as prober:
+    async with probing(watch, [], open_checker=open_coroutines(gate), max_in_flight=1) as prober:
         for port in range(1, 50):
             prober.set_targets([gated(port, check=replace(SOON, interval_s=0.0001))])
             await asyncio.sleep(0)
@@ -292,7 +296,7 @@ async def test_removed_before_its_first_step_a_check_gives_its_place_back() -> N
 @in_loop
 async def test_what_waits_for_its_turn_waits_once_and_not_beyond_its_removal() -> None:
     watch, gate = Watch(), Gate()
-    async with probing(watch, [gated(1)], perform=gate, max_in_flight=1) as prober:
+    async with probing(watch, [gated(1)], open_checker=open_coroutines(gate), max_in_flight=1) as prober:
         assert await gate.arrived.get() == 1
         prober.set_targets([gated(1), gated(2), gated(3)])
         prober.burst(LOCALHOST)
@@ -308,7 +312,7 @@ async def test_what_waits_for_its_turn_waits_once_and_not_beyond_its_removal() -
 @in_loop
 async def test_no_more_checks_in_flight_than_allowed() -> None:
     watch, gate = Watch(), Gate()
-    async with probing(watch, [gated(port) for port in range(20)], perform=gate, max_in_flight=3):
+    async with probing(watch, [gated(port) for port in range(20)], open_checker=open_coroutines(gate), max_in_flight=3):
         assert len({await gate.arrived.get() for _ in range(3)}) == 3
         gate.open.set()
         assert await watch.names(20) == sorted(f"b{port}" for port in range(20))
@@ -340,24 +344,29 @@ async def test_two_thousand_targets_each_get_their_verdict() -> None:
 async def test_what_goes_wrong_inside_one_check_fails_that_check_alone(caplog: pytest.LogCaptureFixture) -> None:
     watch, gate = Watch(interval_s=0.005), Gate(opened=True)
     gate.trouble = {1: [ZeroDivisionError("one"), ZeroDivisionError("two"), KeyError("three")]}
-    async with probing(watch, [gated(1), gated(2)], perform=gate):
+    async with probing(watch, [gated(1), gated(2)], open_checker=open_coroutines(gate)):
         heard: dict[str, list[str]] = {"b1": [], "b2": []}
         while min(len(heard["b1"]), len(heard["b2"])) < 4:
             key, result = await watch.heard.get()
             heard[key.backend].append(result.reason)
     assert heard["b1"][:4] == ["L4CON", "L4CON", "L4CON", "L4OK"]
     assert set(heard["b2"]) == {"L4OK"}
-    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError, KeyError]
+    odd = [record.message.strip().splitlines()[-1] for record in caplog.records]
+    assert odd == ["ZeroDivisionError: one", "KeyError: 'three'"]
 
 
 @in_loop
 async def test_this_hosts_own_trouble_is_nobodys_verdict(caplog: pytest.LogCaptureFixture) -> None:
     watch, gate = Watch(), Gate(opened=True)
     gate.trouble = {1: [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENFILE, "File table overflow")]}
-    async with probing(watch, [gated(1)], perform=gate):
+    async with probing(watch, [gated(1)], open_checker=open_coroutines(gate)) as prober:
         assert (await watch.result()).reason == "L4OK"
+        assert prober.trouble is None
     assert gate.arrived.qsize() == 3
-    assert ["Too many open files" in record.message for record in caplog.records] == [True]
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "health checks left out: too many open files in this process",
+        "health checks left out: too many open files on this host",
+    ]
 
 
 @in_loop
@@ -369,7 +378,9 @@ async def test_an_owner_that_fails_for_one_backend_hears_of_the_others(caplog: p
             super().on_result(key, result)
 
     owner = Owner()
-    async with probing(owner, [gated(1, "bad"), gated(1, "good"), gated(2)], perform=Gate(opened=True)) as prober:
+    async with probing(
+        owner, [gated(1, "bad"), gated(1, "good"), gated(2)], open_checker=open_coroutines(Gate(opened=True))
+    ) as prober:
         assert await owner.names(2) == ["b2", "good"]
         prober.burst(LOCALHOST)
         assert await owner.names(2) == ["b2", "good"]
@@ -379,7 +390,7 @@ async def test_an_owner_that_fails_for_one_backend_hears_of_the_others(caplog: p
 @in_loop
 async def test_the_time_limit_holds_for_whatever_a_check_does() -> None:
     watch = Watch()
-    async with probing(watch, [gated(1, check=replace(SOON, timeout_s=0.02))], perform=Gate()):
+    async with probing(watch, [gated(1, check=replace(SOON, timeout_s=0.02))], open_checker=open_coroutines(Gate())):
         result = await watch.result()
     assert (result.ok, result.reason) == (False, "L4TOUT")
     assert result.duration_s >= 0.02

@@ -11,29 +11,35 @@ from typing import Any
 
 from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, service
 
-from xdplb.checks.endpoint import Endpoint, Progress
+from xdplb.checks.attempt import Verdict
+from xdplb.checks.coroutines import open_coroutines
+from xdplb.checks.endpoint import Endpoint
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest, ServiceRecord
 from xdplb.model import Admin, BackendKey, HealthState
 
 A, B = BackendKey("web", "a"), BackendKey("web", "b")
-ALIVE, DEAD = (True, "L4OK"), (False, "L4CON")
+ALIVE, DEAD = Verdict(True, "L4OK"), Verdict(False, "L4CON", "connection refused")
 
 
 class House:
     """A monitor whose checks end as `answers` says, by address; None: never. `changed` is who was told of, in order."""
 
     def __init__(self, tmp_path: Path) -> None:
-        self.answers: dict[str, tuple[bool, str] | None] = {}
+        self.answers: dict[str, Verdict | None] = {}
         self.changed: list[BackendKey] = []
         self.heard = asyncio.Event()
         self.overrides = Overrides(tmp_path / "overrides.json")
         self.monitor = BackendMonitor(
-            Kernel(), self.overrides, self._on_change, lambda event: None, perform=self._perform
+            Kernel(),
+            self.overrides,
+            self._on_change,
+            lambda event: None,
+            open_checker=open_coroutines(self._perform),
         )
 
-    async def _perform(self, endpoint: Endpoint, progress: Progress) -> tuple[bool, str]:
+    async def _perform(self, endpoint: Endpoint) -> Verdict:
         answer = self.answers.get(str(endpoint.address), ALIVE)
         if answer is None:
             await asyncio.get_running_loop().create_future()
