@@ -20,8 +20,8 @@ from xdplb.checks import frames
 from xdplb.checks.attempt import Kind, Verdict
 from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.frames import Frames, Result
-from xdplb.checks.loop import Loop
 from xdplb.checks.kinds import kind_of
+from xdplb.checks.loop import Loop
 
 SPARE_DESCRIPTORS = 64
 """For everything but the sockets of checks: the loop itself, the stream to the daemon, programs that checks start."""

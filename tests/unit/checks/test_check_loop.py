@@ -15,8 +15,8 @@ from probing import refusing
 
 from xdplb.checks.attempt import Verdict
 from xdplb.checks.endpoint import Endpoint
-from xdplb.checks.loop import Loop
 from xdplb.checks.kinds import kind_of
+from xdplb.checks.loop import Loop
 from xdplb.model import Check, CheckType
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
