@@ -111,7 +111,7 @@ class Handlers:
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
                     "reachable": status.next_hop is not None,
-                    "check": {"duration_ms": round(1000 * health.duration_s, 3)},
+                    "check": {"duration_ms": round(1000 * health.duration_s, 3), "cause": health.cause},
                     **(ramping if status.ramp < FULL_RAMP else {}),
                 }
             )

@@ -16,7 +16,10 @@ GROUP = "xdplb"
 
 
 class CheckStatus(TypedDict):
+    """Of the latest check; `cause` says in words why it failed, and is empty where it did not."""
+
     duration_ms: float
+    cause: NotRequired[str]
 
 
 class Rates(TypedDict):

@@ -26,7 +26,9 @@ _REASONS = {
     "L7RSP": "no valid HTTP answer",
     "L7TOUT": "connected, no answer in time",
 }
-"""Codes of HAProxy that do not mean success, in words (see health.py)."""
+"""Codes of HAProxy that do not mean success, in words (see health.py), for want of a cause."""
+
+_LONGEST_CAUSE = 60
 
 _KINDS = {"add": ("+", FINE), "remove": ("-", ALARM), "change": ("~", WARNING)}
 
@@ -127,7 +129,10 @@ def _state(backend: BackendStatus) -> Text:
 
 def _why(backend: BackendStatus) -> Text:
     reason = backend["reason"]
-    words = _REASONS.get(reason.partition("/")[0])
+    cause = backend["check"].get("cause", "") if "check" in backend else ""
+    if len(cause) > _LONGEST_CAUSE:
+        cause = f"{cause[: _LONGEST_CAUSE - 3]}..."
+    words = cause or _REASONS.get(reason.partition("/")[0])
     parts = [Text(f"{reason}: {words}", WARNING) if words else Text(reason)]
     if not backend.get("reachable", True):
         parts.append(Text("NO NEXT HOP", ALARM))

@@ -113,6 +113,20 @@ def test_a_backend_without_a_next_hop_takes_no_packets_and_stands_out() -> None:
     assert lines[3].endswith("  L7OK/200, backup")
 
 
+@pytest.mark.parametrize(
+    ("reason", "cause", "shown"),
+    [
+        ("L7STS/500", "answered 500 Internal Server Error", "L7STS/500: answered 500 Internal Server Error"),
+        ("L4CON", "connection refused", "L4CON: connection refused"),
+        ("L4CON", "", "L4CON: refused or unreachable"),
+        ("L7RSP", "x" * 200, f"L7RSP: {'x' * 57}..."),
+    ],
+)
+def test_a_backend_that_fails_says_why(reason: str, cause: str, shown: str) -> None:
+    backend = a_backend("a", state="down", reason=reason, check={"duration_ms": 1.0, "cause": cause})
+    assert rendered(views.status(a_status(backend), NOW)).endswith(f"  {shown}")
+
+
 def test_one_that_grows_into_its_weight_says_so() -> None:
     answer = a_status(a_backend("a", effective_weight=4, slow_start=0.35))
     (line,) = rendered(views.status(answer, NOW)).splitlines()[2:]

@@ -100,8 +100,15 @@ def test_without_a_check_a_backend_is_up_from_the_start() -> None:
 
 def test_a_failure_keeps_the_state_but_shows_its_reason() -> None:
     up = healths("+")[-1]
-    failing = observe(up, CheckResult(False, "L7STS/503", 0.02), CHECK, 150.0)
-    assert failing == Health(UP, 1, "L7STS/503", up.since, 0.02)
+    failing = observe(up, CheckResult(False, "L7STS/503", 0.02, "answered 503"), CHECK, 150.0)
+    assert failing == Health(UP, 1, "L7STS/503", up.since, 0.02, "answered 503")
+    assert failing.why == "L7STS/503: answered 503"
+
+
+def test_a_cause_goes_with_the_failure() -> None:
+    failed = observe(initial(CHECK, 7.0), CheckResult(False, "L4CON", 0.02, "connection refused"), CHECK, 150.0)
+    assert (failed.state, failed.cause) == (DOWN, "connection refused")
+    assert observe(failed, CheckResult(True, "L4OK", 0.02), CHECK, 151.0).why == "L4OK"
 
 
 def test_a_reload_that_lowers_fall_takes_effect_on_the_next_failure() -> None:
