@@ -92,10 +92,43 @@ class CheckType(enum.StrEnum):
     TCP = "tcp"
     HTTP = "http"
     HTTPS = "https"
+    UDP = "udp"
+    DNS = "dns"
+    PING = "ping"
+    EXEC = "exec"
+    AGENT = "agent"
 
     @property
     def speaks_http(self) -> bool:
         return self in (CheckType.HTTP, CheckType.HTTPS)
+
+
+class DnsRecord(enum.StrEnum):
+    A = "A"
+    AAAA = "AAAA"
+    NS = "NS"
+    SOA = "SOA"
+    MX = "MX"
+    TXT = "TXT"
+    CNAME = "CNAME"
+    SRV = "SRV"
+    PTR = "PTR"
+
+
+class Rcode(enum.StrEnum):
+    """DNS response codes, by their number (RFC 6895 section 2.3)."""
+
+    NOERROR = "NOERROR"
+    FORMERR = "FORMERR"
+    SERVFAIL = "SERVFAIL"
+    NXDOMAIN = "NXDOMAIN"
+    NOTIMP = "NOTIMP"
+    REFUSED = "REFUSED"
+    YXDOMAIN = "YXDOMAIN"
+    YXRRSET = "YXRRSET"
+    NXRRSET = "NXRRSET"
+    NOTAUTH = "NOTAUTH"
+    NOTZONE = "NOTZONE"
 
 
 class TlsVersion(enum.StrEnum):
@@ -169,7 +202,11 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How to find out whether a backend works. `expect` holds inclusive ranges of HTTP status codes."""
+    """How to find out whether a backend works. Beyond `port`, what belongs to other types is not looked at.
+
+    `expect` holds inclusive ranges of HTTP status codes. `answer` are bytes that a UDP answer contains, None for any
+    answer; with `silence_is_fine` it need not come. `send` is what a udp or an agent check says.
+    """
 
     type: CheckType = CheckType.TCP
     interval_s: float = 2.0
@@ -182,6 +219,13 @@ class Check:
     host: str | None = None
     expect: tuple[tuple[int, int], ...] = ((200, 399),)
     tls: Tls = Tls()
+    send: bytes = b""
+    answer: bytes | None = None
+    silence_is_fine: bool = False
+    name: str = ""
+    record: DnsRecord = DnsRecord.A
+    rcodes: tuple[Rcode, ...] = (Rcode.NOERROR,)
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
 from xdplb.checks.endpoint import Endpoint, Layer
+from xdplb.core.health import AgentWord
 
 
 class Verdict(NamedTuple):
     """What a check came to. `ok` is None where this host, not the backend, was not able: that is no verdict.
 
-    `cause` says in words why a check failed.
+    `cause` says in words why a check failed. `word` is what an agent asked for.
     """
 
     ok: bool | None
     reason: str
     cause: str = ""
+    word: AgentWord | None = None
 
 
 class CheckFailed(Exception):
@@ -46,12 +48,19 @@ class OutOfTime(Exception):
 Steps = Generator[None, int, Verdict]
 
 
+class Runner(Protocol):
+    """What an attempt asks of the loop that runs it."""
+
+    def watch(self, attempt: Attempt, fd: int) -> None: ...
+    def reap(self, child: int) -> None: ...
+
+
 class Attempt:
-    """`layer` is the layer at work. `watch` has the check resumed by the events of a descriptor, one for each check."""
+    """`layer` is the layer at work."""
 
-    __slots__ = ("deadline", "endpoint", "fd", "layer", "number", "started", "steps", "watch")
+    __slots__ = ("_runner", "deadline", "endpoint", "fd", "layer", "number", "started", "steps")
 
-    def __init__(self, number: int, endpoint: Endpoint, watch: Callable[[Attempt, int], None]) -> None:
+    def __init__(self, number: int, endpoint: Endpoint, runner: Runner) -> None:
         self.number = number
         self.endpoint = endpoint
         self.layer = Layer.L4
@@ -59,7 +68,15 @@ class Attempt:
         self.started = 0.0
         self.deadline = 0.0
         self.steps: Steps
-        self.watch = watch
+        self._runner = runner
+
+    def watch(self, fd: int) -> None:
+        """Events of this descriptor resume the check from now on. One for each check."""
+        self._runner.watch(self, fd)
+
+    def reap(self, child: int) -> None:
+        """Takes the exit status of a process that was killed, when there is one."""
+        self._runner.reap(child)
 
 
 class Kind(Protocol):
@@ -76,7 +93,7 @@ _OWN_TROUBLE = {
     errno.ENOMEM: "no memory on this host",
     errno.EPERM: "this host's firewall or policy forbids it",
     errno.EAFNOSUPPORT: "this host does not speak this IP family",
-    errno.EAGAIN: "no process or route is left on this host",
+    errno.EAGAIN: "no local port, process or route is left on this host",
 }
 _WORDS = {
     errno.ECONNREFUSED: "connection refused",

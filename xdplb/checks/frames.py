@@ -31,13 +31,17 @@ class Orders:
 
 
 class Result(NamedTuple):
-    """How the check of this number ended. `ok` is None where this host was not able: `cause` says what it lacks."""
+    """How the check of this number ended. `ok` is None where this host was not able: `cause` says what it lacks.
+
+    `word` is an agent's: admin state and percentage, where it spoke of them.
+    """
 
     number: int
     ok: bool | None
     reason: str
     cause: str
     duration_s: float
+    word: tuple[str | None, int | None] | None = None
 
 
 class Report(TypedDict, total=False):

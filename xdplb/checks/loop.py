@@ -134,7 +134,7 @@ class Loop:
                 self._step(attempt, OutOfTime)
 
     def _start(self, number: int, endpoint: Endpoint, kind: Kind) -> None:
-        attempt = Attempt(number, endpoint, self._watch)
+        attempt = Attempt(number, endpoint, self)
         attempt.started = self.now()
         attempt.deadline = attempt.started + endpoint.check.timeout_s
         attempt.steps = kind(attempt)
@@ -146,7 +146,8 @@ class Loop:
                 self._deadlines = [(a.deadline, a.number) for a in self._attempts.values()]
                 heapq.heapify(self._deadlines)
 
-    def _watch(self, attempt: Attempt, fd: int) -> None:
+    def watch(self, attempt: Attempt, fd: int) -> None:
+        """The events of this descriptor are the attempt's."""
         attempt.fd = fd
         self._handlers[fd] = lambda events: self._step(attempt, events)
         self._epoll.register(fd, _EVENTS)

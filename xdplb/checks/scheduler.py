@@ -18,8 +18,8 @@ from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.frames import Report, Result
 from xdplb.checks.process import Checker, OpenChecker, open_process
 from xdplb.checks.targets import Target
-from xdplb.core.health import CheckResult
-from xdplb.model import Address, BackendKey, Check, CheckType
+from xdplb.core.health import AgentWord, CheckResult
+from xdplb.model import Address, Admin, BackendKey, Check, CheckType
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,14 @@ _RAN_WELL_S = 30.0
 def first_checks_within_s(count: int, interval_s: float) -> float:
     """The time over which the first checks of `count` new endpoints spread: soon, but never a storm."""
     return min(interval_s, max(FIRST_CHECKS_WITHIN_S, count / FIRST_CHECKS_PER_S))
+
+
+def _check_result(result: Result) -> CheckResult:
+    word = None
+    if result.word is not None:
+        admin, percent = result.word
+        word = AgentWord(None if admin is None else Admin(admin), percent)
+    return CheckResult(bool(result.ok), result.reason, result.duration_s, result.cause, word)
 
 
 def next_start(started: float, interval_s: float, check: Check, phase: float) -> float:
@@ -278,7 +286,7 @@ class Prober:
             interval_s = check.fast_interval_s
         else:
             self._note_trouble(probe, "")
-            interval_s = self._deliver(probe, CheckResult(result.ok, result.reason, result.duration_s, result.cause))
+            interval_s = self._deliver(probe, _check_result(result))
         again_at_once, probe.again_at_once = probe.again_at_once, False
         if probe.removed:
             return

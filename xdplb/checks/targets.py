@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xdplb.checks.endpoint import Endpoint
-from xdplb.model import Address, BackendKey, Check, Config
+from xdplb.model import Address, BackendKey, Check, CheckType, Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Target:
     def endpoint(self) -> Endpoint:
         """What to check. Targets with the same endpoint are checked by one probe."""
         host = self.check.host or self.server_host if self.check.type.speaks_http else None
-        return Endpoint(self.address, self.port, self.check, host)
+        port = 0 if self.check.type is CheckType.PING else self.port
+        return Endpoint(self.address, port, self.check, host)
 
 
 Targets = dict[BackendKey, Target]

@@ -43,7 +43,7 @@ class Connector:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             error = connection.connect_ex(self._address)
             if error == errno.EINPROGRESS:
-                attempt.watch(attempt, connection.fileno())
+                attempt.watch(connection.fileno())
                 events = yield
                 while not events & _DECIDED:
                     events = yield
@@ -51,7 +51,7 @@ class Connector:
                 if events & (select.EPOLLERR | select.EPOLLHUP):
                     error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             elif not error:
-                attempt.watch(attempt, connection.fileno())
+                attempt.watch(connection.fileno())
             if error:
                 raise OSError(error, "connect")
         except BaseException:

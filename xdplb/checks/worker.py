@@ -14,7 +14,7 @@ import select
 import signal
 import socket
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from xdplb.checks import frames
 from xdplb.checks.attempt import Kind, Verdict
@@ -22,6 +22,7 @@ from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.frames import Frames, Result
 from xdplb.checks.kinds import kind_of
 from xdplb.checks.loop import Loop
+from xdplb.checks.ping import Pinger
 
 SPARE_DESCRIPTORS = 64
 """For everything but the sockets of checks: the loop itself, the stream to the daemon, programs that checks start."""
@@ -34,9 +35,10 @@ _RECEIVE = 1 << 18
 class Worker:
     """Serves one stream until the daemon closes it."""
 
-    def __init__(self, stream: socket.socket, room: int) -> None:
+    def __init__(self, stream: socket.socket, room: int, pinger: Pinger) -> None:
         self._stream = stream
         self._loop = Loop(self._ended, self._bug)
+        self._pinger = pinger
         self._endpoints: dict[int, tuple[Endpoint, Kind]] = {}
         self._frames = Frames()
         self._results: list[Result] = []
@@ -48,6 +50,7 @@ class Worker:
     def serve(self) -> None:
         self._stream.setblocking(False)
         self._loop.listen(self._stream.fileno(), self._on_stream)
+        self._pinger.attach(self._loop)
         try:
             while self._open:
                 self._send()
@@ -74,7 +77,7 @@ class Worker:
 
     def _carry_out(self, orders: frames.Orders) -> None:
         for number, endpoint in orders.define:
-            self._endpoints[number] = endpoint, kind_of(endpoint)
+            self._endpoints[number] = endpoint, kind_of(endpoint, self._pinger)
         for number in orders.forget:
             self._loop.cancel(number)
             del self._endpoints[number]
@@ -82,7 +85,8 @@ class Worker:
             self._loop.start(number, *self._endpoints[number])
 
     def _ended(self, number: int, verdict: Verdict, duration_s: float) -> None:
-        self._results.append(Result(number, verdict.ok, verdict.reason, verdict.cause, round(duration_s, 6)))
+        result = Result(number, verdict.ok, verdict.reason, verdict.cause, round(duration_s, 6), verdict.word)
+        self._results.append(result)
 
     def _bug(self, traceback: str) -> None:
         self._outgoing += frames.pack_report({"bug": traceback})
@@ -118,10 +122,11 @@ def room() -> int:
 def main(descriptor: int, daemon: int) -> None:
     """`descriptor` is the stream's, `daemon` the process that must not end before this one."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager's, for all: the daemon decides when it is over
+    pinger = Pinger()
     _drop_privileges()
     _end_with(daemon)
-    with socket.socket(fileno=descriptor) as stream:
-        Worker(stream, room()).serve()
+    with socket.socket(fileno=descriptor) as stream, closing(pinger):
+        Worker(stream, room(), pinger).serve()
 
 
 def _drop_privileges() -> None:

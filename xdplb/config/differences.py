@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Literal, TypedDict
 
-from xdplb.model import Affinity, Backend, Config, Service
+from xdplb.model import Affinity, Backend, Check, Config, Service
 
 _RELOADED = ("source_pool", "tunnel_source4", "tunnel_source6", "control_loss_s")
 _ONLY_AT_START = ("interfaces", "hash_key")
 _ABSENT = {"port": "the service's", "affinity": "flow", "control_loss_s": "keep"}
 """What a value of None means, beside "none"."""
-_TITLES = {"control_loss_s": "on_control_loss"}
+_TITLES = {"control_loss_s": "on_control_loss", "rcodes": "expect", "silence_is_fine": "no-refusal"}
+_LONG = ("tls", "send", "answer", "command")
 
 
 class Change(TypedDict):
@@ -46,7 +47,9 @@ def changes(old: Config, new: Config) -> Iterator[Change]:
 def _service_changes(old: Service, new: Service) -> Iterator[Change]:
     names = [field.name for field in fields(old) if field.name not in ("name", "backends")]
     for name in _differing(names, old, new):
-        detail = "check" if name == "check" else f"{_title(name)} {_from_to(name, old, new)}"
+        detail = (
+            _check_changes(old.check, new.check) if name == "check" else f"{_title(name)} {_from_to(name, old, new)}"
+        )
         yield _change(f"service {new.name}", detail)
     before, after = ({b.name: b for b in service.backends} for service in (old, new))
     for name in before:
@@ -60,6 +63,13 @@ def _service_changes(old: Service, new: Service) -> Iterator[Change]:
             known = before[name]
             differing = _differing([field.name for field in fields(Backend)], known, backend)
             yield _change(what, ", ".join(f"{field} {_from_to(field, known, backend)}" for field in differing))
+
+
+def _check_changes(old: Check, new: Check) -> str:
+    """The bytes that a check sends or waits for, and what it trusts, are too long for a line."""
+    names = _differing([field.name for field in fields(Check)], old, new)
+    told = (name if name in _LONG else f"{_title(name)} {_from_to(name, old, new)}" for name in names)
+    return f"check {', '.join(told)}"
 
 
 def _differing(names: list[str] | tuple[str, ...], old: object, new: object) -> list[str]:
@@ -83,6 +93,8 @@ def _shown(name: str, value: object) -> str:
         return _ABSENT.get(name, "none")
     if isinstance(value, Affinity):
         return f"client (/{value.prefix4}, /{value.prefix6}, {value.timeout_s:g}s)"
+    if isinstance(value, tuple) and value and isinstance(value[0], tuple):
+        return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in value)
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, float):

@@ -23,15 +23,21 @@ from xdplb.config.values import (
     DURATION,
     NAME,
     AffinityWord,
+    Authorities,
     ControlLoss,
     Endpoint,
+    Expectation,
+    ExpectationOf,
     choice,
     parse_affinity,
     parse_allow,
+    parse_authorities,
     parse_check_host,
     parse_check_path,
+    parse_command,
     parse_control_loss,
     parse_deny,
+    parse_dns_name,
     parse_endpoint,
     parse_expect,
     parse_hash_key,
@@ -41,14 +47,18 @@ from xdplb.config.values import (
     parse_limit,
     parse_listen,
     parse_name,
+    parse_send,
+    parse_server_name,
     parse_slow_start,
     parse_sources,
+    parse_tls_version,
     parse_tunnel_prefix,
 )
 from xdplb.model import (
     Address,
     Affinity,
     CheckType,
+    DnsRecord,
     FlowMemory,
     Forward,
     Listen,
@@ -57,6 +67,7 @@ from xdplb.model import (
     OnDown,
     OnRemove,
     Scheduler,
+    TlsVersion,
 )
 
 
@@ -73,9 +84,19 @@ def _word_or_settings(available: type[StrEnum], **settings: str) -> WithJsonSche
     return WithJsonSchema({"anyOf": [{"enum": [member.value for member in available]}, mapping]})
 
 
+def _one_of_the_texts(*keys: str) -> dict[str, object]:
+    properties = {key: {"type": "string"} for key in keys}
+    return {"type": "object", "properties": properties, "minProperties": 1, "maxProperties": 1}
+
+
 _DURATION_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{DURATION.pattern}$"}, {"const": 0}]})
 _TEXT_SCHEMA = WithJsonSchema({"type": "string"})
 _NETWORKS_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string"}})
+_BYTES_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, _one_of_the_texts("text", "hex")]},
+)
+_EXPECT_SCHEMA = WithJsonSchema({"anyOf": [{"type": ["string", "integer"]}, _one_of_the_texts("text", "hex")]})
+_COMMAND_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string"}, "minItems": 1})
 _NAME_SCHEMA = WithJsonSchema({"type": "string", "pattern": f"^{NAME.pattern}$"})
 _Interval = Annotated[float, PlainValidator(parse_interval), _DURATION_SCHEMA]
 _Idle = Annotated[float, PlainValidator(parse_idle), _DURATION_SCHEMA]
@@ -83,6 +104,7 @@ _Limit = Annotated[int, PlainValidator(parse_limit), WithJsonSchema({"type": "in
 _Port = Annotated[int, Field(ge=1, le=65535)]
 _Count = Annotated[int, Field(ge=1, le=255)]
 _CHECK = model.Check()
+_TLS = model.Tls()
 _FLOW_CACHE = model.FlowCache()
 
 
@@ -92,12 +114,23 @@ class Part(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+class TlsPart(Part):
+    """How an https check speaks TLS."""
+
+    verify: bool = _TLS.verify
+    """Whether the certificate has to be valid, and be the server's."""
+    ca: Annotated[Authorities | None, PlainValidator(parse_authorities), _TEXT_SCHEMA] = None
+    """A file of the authorities to trust, instead of the system's."""
+    sni: Annotated[str | None, PlainValidator(parse_server_name), _TEXT_SCHEMA] = None
+    """The name to ask for, and to find in the certificate; that of `host` where none is given."""
+    min_version: Annotated[TlsVersion, PlainValidator(parse_tls_version), _words(TlsVersion)] = _TLS.min_version
+    """1.0 and 1.1 are insecure, and only spoken where this allows it."""
+
+
 class CheckPart(Part):
     """How to find out whether a backend works; a bare word is its type."""
 
-    type: Annotated[
-        CheckType, PlainValidator(choice("check type", CheckType, ("dns", "udp", "ping", "exec"))), _words(CheckType)
-    ] = _CHECK.type
+    type: Annotated[CheckType, PlainValidator(choice("check type", CheckType, ())), _words(CheckType)] = _CHECK.type
     interval: _Interval = _CHECK.interval_s
     """From one check to the next."""
     fast_interval: _Interval = _CHECK.fast_interval_s
@@ -112,14 +145,28 @@ class CheckPart(Part):
     path: Annotated[str, PlainValidator(parse_check_path), _TEXT_SCHEMA] = _CHECK.path
     host: Annotated[str | None, PlainValidator(parse_check_host), _TEXT_SCHEMA] = _CHECK.host
     """The Host header, and for https the name asked for by SNI."""
-    expect: Annotated[
-        tuple[tuple[int, int], ...], PlainValidator(parse_expect), WithJsonSchema({"type": ["string", "integer"]})
-    ] = _CHECK.expect
-    """HTTP status codes of a working backend: 200, 200-399, or 200,301-302."""
+    expect: Annotated[Expectation | None, PlainValidator(parse_expect), _EXPECT_SCHEMA] = None
+    """Of a working backend. HTTP status codes: 200, 200-399, or 200,301-302. DNS response codes: NOERROR,NXDOMAIN.
+    udp: answer, no-refusal, {text: pong} or {hex: 00ff}.
+    """
+    tls: TlsPart = TlsPart()
+    """Of https checks."""
+    send: Annotated[bytes, PlainValidator(parse_send), _BYTES_SCHEMA] = _CHECK.send
+    """What udp and agent checks say: hello, or {hex: 00ff}."""
+    name: Annotated[str | None, PlainValidator(parse_dns_name), _TEXT_SCHEMA] = None
+    """What dns checks ask for."""
+    record: Annotated[DnsRecord, PlainValidator(choice("record type", DnsRecord, ())), _words(DnsRecord)] = (
+        _CHECK.record
+    )
+    """The type of record that dns checks ask for."""
+    command: Annotated[tuple[str, ...], PlainValidator(parse_command), _COMMAND_SCHEMA] = _CHECK.command
+    """The program of exec checks, and its arguments; no shell reads them."""
 
     @model_validator(mode="before")
     @classmethod
     def _bare_type(cls, value: object) -> object:
+        if isinstance(value, dict) and {"type", "expect"} <= value.keys():
+            return value | {"expect": ExpectationOf(value["type"], value["expect"])}
         return {"type": value} if isinstance(value, str) else value
 
     @classmethod

@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, cast
 
 from xdplb import model
 from xdplb.config import rules, yamllines
 from xdplb.config.drafts import Draft, Report, read_part, read_services
-from xdplb.config.parts import BackendPart, CheckPart, FilePart, FlowCachePart, Schema
-from xdplb.config.values import told
+from xdplb.config.parts import BackendPart, CheckPart, FilePart, FlowCachePart, Schema, TlsPart
+from xdplb.config.values import Answer, told
 from xdplb.errors import ConfigError
+from xdplb.model import CheckType, Rcode
 
 DEFAULT_PATH = Path("/etc/xdplb/xdplb.yaml")
 
@@ -106,8 +108,40 @@ def _check(check: CheckPart) -> model.Check:
         port=check.port,
         path=check.path,
         host=check.host,
-        expect=check.expect,
+        tls=_tls(check.tls),
+        send=check.send,
+        name=check.name or "",
+        record=check.record,
+        command=check.command,
+        **_expected(check),
     )
+
+
+def _expected(check: CheckPart) -> _Expected:
+    """What `expect` means to a check of this type. `defaults` may hold what is for other types."""
+    if check.expect is None or not rules.belongs("expect", check.type):
+        return {}
+    try:
+        expected = check.expect.read(check.type)
+    except ValueError:
+        return {}
+    if isinstance(expected, Answer):
+        return {"answer": expected.wanted, "silence_is_fine": expected.silence_is_fine}
+    if check.type is CheckType.DNS:
+        return {"rcodes": cast(tuple[Rcode, ...], expected)}
+    return {"expect": cast(tuple[tuple[int, int], ...], expected)}
+
+
+class _Expected(TypedDict, total=False):
+    expect: tuple[tuple[int, int], ...]
+    rcodes: tuple[Rcode, ...]
+    answer: bytes | None
+    silence_is_fine: bool
+
+
+def _tls(tls: TlsPart) -> model.Tls:
+    ca, pem = tls.ca or (None, "")
+    return model.Tls(verify=tls.verify, ca=ca, authorities=pem, sni=tls.sni, min_version=tls.min_version)
 
 
 def load(path: Path) -> model.Config:

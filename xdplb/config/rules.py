@@ -92,15 +92,66 @@ def weights(draft: Draft, report: Report) -> None:
         report((*draft.path, "backends"), "all weights are 0, so that no backend would take a packet")
 
 
+_WITHOUT_PORT = (CheckType.PING, CheckType.EXEC)
+
+
 def checks(draft: Draft, report: Report) -> None:
     check, own = draft.settings.check, draft.own.check.model_fields_set
     if "check" in draft.doubt or check.type is CheckType.NONE:
         return
-    if draft.own.listen.all_ports and check.port is None:
+    if draft.own.listen.all_ports and check.port is None and check.type not in _WITHOUT_PORT:
         report((*draft.path, "check"), "a service on all ports has no port to check; set check.port, or check: none")
-    for key in ("path", "host", "expect"):
-        if key in own and check.type is CheckType.TCP:
-            report((*draft.path, "check", key), f"{key} means nothing to a tcp check; set type: http or https")
+    _keys_belong(draft, report)
+    if "expect" in own and check.expect is not None and belongs("expect", check.type):
+        try:
+            check.expect.read(check.type)
+        except ValueError as error:
+            report((*draft.path, "check", "expect"), str(error))
+    needed, example = _NEEDED.get(check.type, ("", ""))
+    if needed and not getattr(check, needed):
+        report((*draft.path, "check"), f"{_a(check.type)} check needs {needed}; write {needed}: {example}")
+    if check.tls.ca is not None and not check.tls.verify:
+        report((*draft.path, "check", "tls"), "ca means nothing without verify: true")
+
+
+_HTTP = (CheckType.HTTP, CheckType.HTTPS)
+_CHECK_KEYS = {
+    "path": _HTTP,
+    "host": _HTTP,
+    "expect": (*_HTTP, CheckType.UDP, CheckType.DNS),
+    "tls": (CheckType.HTTPS,),
+    "send": (CheckType.UDP, CheckType.AGENT),
+    "name": (CheckType.DNS,),
+    "record": (CheckType.DNS,),
+    "command": (CheckType.EXEC,),
+}
+"""The types of checks that a key belongs to, where not to all."""
+
+_NEEDED = {
+    CheckType.DNS: ("name", "example.org"),
+    CheckType.EXEC: ("command", "[/usr/local/bin/check, --fast]"),
+    CheckType.AGENT: ("port", "9707"),
+}
+
+
+def belongs(key: str, kind: CheckType) -> bool:
+    return kind in _CHECK_KEYS.get(key, CheckType)
+
+
+def _keys_belong(draft: Draft, report: Report) -> None:
+    """`defaults` may set what only some of the services need; a service may not."""
+    kind = draft.settings.check.type
+    for key in draft.own.check.model_fields_set & _CHECK_KEYS.keys():
+        kinds = _CHECK_KEYS[key]
+        if not belongs(key, kind):
+            words = " and ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+            report((*draft.path, "check", key), f"{key} belongs to {words} checks, not to {_a(kind)} check")
+    if kind is CheckType.PING and "port" in draft.own.check.model_fields_set:
+        report((*draft.path, "check", "port"), "a ping has no port")
+
+
+def _a(kind: CheckType) -> str:
+    return f"{'an' if kind[0] in 'aeh' else 'a'} {kind}"
 
 
 def memory(draft: Draft, report: Report) -> None:

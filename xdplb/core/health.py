@@ -11,6 +11,9 @@ The reasons are the codes people know from HAProxy ("show servers state", check_
     L4TOUT      no TCP connection in time
     L6RSP       TLS handshake failed
     L6TOUT      no TLS handshake in time
+    L3OK        ping answered               PROCOK      program ended well
+    L3CON       host unreachable            PROCERR/3   program failed
+    L3TOUT      no answer to the ping       PROCTOUT    program did not end in time
 
 Beside the code, a failed check has a cause in words: "connection refused", "answered 500 Internal Server Error".
 """
@@ -18,21 +21,32 @@ Beside the code, a failed check has a cause in words: "connection refused", "ans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from xdplb.model import Check, CheckType, HealthState
+from xdplb.model import Admin, Check, CheckType, HealthState
 
 NOT_CHECKED_YET = "INI"
 NO_CHECK = "no check"
 
 
+class AgentWord(NamedTuple):
+    """What a backend's agent asks for: None where it did not speak of it. `percent` is of the weight."""
+
+    admin: Admin | None
+    percent: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """How one check ended. `duration_s` is from its start to its verdict; `cause` says why it failed."""
+    """How one check ended. `duration_s` is from its start to its verdict; `cause` says why it failed; `word` is an
+    agent's.
+    """
 
     ok: bool
     reason: str
     duration_s: float
     cause: str = ""
+    word: AgentWord | None = None
 
 
 @dataclass(frozen=True, slots=True)

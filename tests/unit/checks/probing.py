@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from xdplb.checks.frames import Report
+from xdplb.checks.ping import Pinger
 from xdplb.checks.process import Checker, Stream
 from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target
@@ -84,8 +85,8 @@ async def open_thread(on_report: Callable[[Report], None], room: int = 4096) -> 
 
 
 def _serve(stream: socket.socket, room: int) -> None:
-    with stream:
-        Worker(stream, room).serve()
+    with stream, contextlib.closing(Pinger()) as pinger:
+        Worker(stream, room, pinger).serve()
 
 
 @contextlib.asynccontextmanager

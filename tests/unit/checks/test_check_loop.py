@@ -17,6 +17,7 @@ from xdplb.checks.attempt import Verdict
 from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.kinds import kind_of
 from xdplb.checks.loop import Loop
+from xdplb.checks.ping import Pinger
 from xdplb.model import Check, CheckType
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -30,6 +31,7 @@ class Hearing:
         self.ended: dict[int, Verdict] = {}
         self.durations: dict[int, float] = {}
         self.loop = Loop(self._ended, pytest.fail)
+        self.pinger = Pinger()
 
     def _ended(self, number: int, verdict: Verdict, duration_s: float) -> None:
         self.ended[number] = verdict
@@ -37,7 +39,7 @@ class Hearing:
 
     def start(self, number: int, port: int, check: Check) -> None:
         endpoint = Endpoint(ip_address("127.0.0.1"), port, check)
-        self.loop.start(number, endpoint, kind_of(endpoint))
+        self.loop.start(number, endpoint, kind_of(endpoint, self.pinger))
 
     def until(self, holds: Callable[[], bool], patience_s: float = 10.0) -> None:
         end = time.monotonic() + patience_s
@@ -51,6 +53,7 @@ def hearing() -> Iterator[Hearing]:
     hearing = Hearing()
     yield hearing
     hearing.loop.close()
+    hearing.pinger.close()
 
 
 @contextlib.contextmanager

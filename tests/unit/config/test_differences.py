@@ -22,6 +22,7 @@ from xdplb.model import (
     Protocol,
     Scheduler,
     Service,
+    Tls,
 )
 
 LISTEN = Listen(IPv4Address("203.0.113.10"), 80, 80, Protocol.TCP)
@@ -86,8 +87,11 @@ def test_a_renamed_service_is_one_gone_and_one_new() -> None:
         ({"gue_port": 666}, "gue_port 6080 -> 666"),
         ({"on_down": OnDown.KEEP}, "on_down rehash -> keep"),
         ({"flows": FlowMemory.NONE}, "flows remember -> none"),
-        ({"check": Check(CheckType.HTTP)}, "check"),
-        ({"check": Check(rise=3)}, "check"),
+        ({"check": Check(CheckType.HTTP)}, "check type tcp -> http"),
+        ({"check": Check(rise=3, timeout_s=0.5)}, "check timeout 1s -> 0.5s, rise 2 -> 3"),
+        ({"check": Check(path="/x", host="a.example")}, "check path / -> /x, host none -> a.example"),
+        ({"check": Check(expect=((200, 204), (301, 301)))}, "check expect 200-399 -> 200-204,301"),
+        ({"check": Check(send=b"hello", tls=Tls(verify=True))}, "check tls, send"),
     ],
 )
 def test_each_setting_of_a_service_is_one_line(changed: dict[str, object], detail: str) -> None:
@@ -100,8 +104,15 @@ def test_no_setting_of_a_service_changes_unseen() -> None:
     for field in fields(Service):
         if field.name == "name":
             continue
-        value: object = () if field.name == "backends" else object()
+        value: object = {"backends": (), "check": Check(rise=9)}.get(field.name, object())
         assert lines(config(WEB), config(replace(WEB, **{field.name: value}))), field.name  # type: ignore[arg-type]
+
+
+def test_no_setting_of_a_check_changes_unseen() -> None:
+    for field in fields(Check):
+        other = replace(WEB.check, **{field.name: object()})  # type: ignore[arg-type]
+        (line,) = lines(config(WEB), config(replace(WEB, check=other)))
+        assert line[2].startswith("check ")
 
 
 def test_no_setting_of_a_backend_changes_unseen() -> None:

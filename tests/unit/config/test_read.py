@@ -354,7 +354,7 @@ def test_the_schema_describes_every_key_of_the_example() -> None:
     assert {key for one in example["services"][0]["backends"] for key in one} == definitions["BackendPart"][
         "properties"
     ].keys()
-    assert {"enum": ["none", "tcp", "http", "https"]} in definitions["CheckPart"]["anyOf"]
+    assert {"enum": list(CheckType)} in definitions["CheckPart"]["anyOf"]
     assert schema["required"] == ["services"]
 
 
