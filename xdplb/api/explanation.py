@@ -306,13 +306,13 @@ def state_in_words(status: BackendStatus | None) -> str:
     """What a backend does, as the end of a sentence about it."""
     if status is None:
         return "is gone"
-    if status.admin is Admin.MAINT:
+    if status.standing is Admin.MAINT:
         return "is in maintenance"
     if status.health is not HealthState.UP:
         return "is down" if status.health is HealthState.DOWN else "has not been checked yet"
     if status.next_hop is None:
         return "has no next hop"
-    return "drains" if status.admin is Admin.DRAIN else "serves"
+    return "drains" if status.standing is Admin.DRAIN else "serves"
 
 
 def span(seconds: float) -> str:

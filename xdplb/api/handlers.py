@@ -17,7 +17,7 @@ from xdplb.config import read as configuration
 from xdplb.config.differences import changes
 from xdplb.core.forecast import forecast
 from xdplb.core.health import Health
-from xdplb.core.status import FULL_RAMP, Statuses
+from xdplb.core.status import FULL_RAMP, AgentState, BackendStatus, Statuses
 from xdplb.daemon import flow_upkeep
 from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.engine import Engine
@@ -101,7 +101,7 @@ class Handlers:
                     "name": backend.name,
                     "address": backend.label(service.listen),
                     "state": health.state.value,
-                    "admin": status.admin.value,
+                    "admin": status.standing.value,
                     "reason": health.reason,
                     "weight": backend.weight if status.weight is None else status.weight,
                     "effective_weight": desired.shown_weight(wanted),
@@ -111,7 +111,11 @@ class Handlers:
                     "last_change": _timestamp(health.since),
                     "backup": backend.backup,
                     "reachable": status.next_hop is not None,
-                    "check": {"duration_ms": round(1000 * health.duration_s, 3), "cause": health.cause},
+                    "check": {
+                        "duration_ms": round(1000 * health.duration_s, 3),
+                        "cause": health.cause,
+                        **_agent(status),
+                    },
                     **(ramping if status.ramp < FULL_RAMP else {}),
                 }
             )
@@ -220,6 +224,10 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
             if backend.address == flow.source.address and next_hop is not None and next_hop.ifindex in sides:
                 return sides[next_hop.ifindex]
     return daemon.interfaces[0]
+
+
+def _agent(status: BackendStatus) -> dict[str, JSON]:
+    return {} if status.agent == AgentState() else {"agent": str(status.agent)}
 
 
 def _timestamp(seconds: float) -> str:

@@ -16,10 +16,13 @@ GROUP = "xdplb"
 
 
 class CheckStatus(TypedDict):
-    """Of the latest check; `cause` says in words why it failed, and is empty where it did not."""
+    """Of the latest check; `cause` says in words why it failed, and is empty where it did not. `agent` is what the
+    backend asks for, "ready 75%", where that is not the usual.
+    """
 
     duration_ms: float
     cause: NotRequired[str]
+    agent: NotRequired[str]
 
 
 class Rates(TypedDict):

@@ -77,5 +77,5 @@ class _Coroutines:
             self._on_report({"bug": traceback.format_exc()})
             verdict = Verdict(False, Layer.L4.failure, f"the check failed oddly: {error!r}")
         self._running.pop(number, None)
-        result = Result(number, verdict.ok, verdict.reason, verdict.cause, loop.time() - started)
+        result = Result(number, verdict.ok, verdict.reason, verdict.cause, loop.time() - started, verdict.word)
         self._on_report({"results": [result]})

@@ -25,6 +25,10 @@ _REASONS = {
     "L7STS": "HTTP status not expected",
     "L7RSP": "no valid HTTP answer",
     "L7TOUT": "connected, no answer in time",
+    "L3CON": "host unreachable",
+    "L3TOUT": "no answer to the ping",
+    "PROCERR": "program failed",
+    "PROCTOUT": "program did not end in time",
 }
 """Codes of HAProxy that do not mean success, in words (see health.py), for want of a cause."""
 
@@ -129,11 +133,14 @@ def _state(backend: BackendStatus) -> Text:
 
 def _why(backend: BackendStatus) -> Text:
     reason = backend["reason"]
-    cause = backend["check"].get("cause", "") if "check" in backend else ""
+    check = backend.get("check")
+    cause = check.get("cause", "") if check else ""
     if len(cause) > _LONGEST_CAUSE:
         cause = f"{cause[: _LONGEST_CAUSE - 3]}..."
     words = cause or _REASONS.get(reason.partition("/")[0])
     parts = [Text(f"{reason}: {words}", WARNING) if words else Text(reason)]
+    if check and "agent" in check:
+        parts.append(Text(f"its agent asks for {check['agent']}", WARNING))
     if not backend.get("reachable", True):
         parts.append(Text("NO NEXT HOP", ALARM))
     if (share := backend.get("slow_start")) is not None:

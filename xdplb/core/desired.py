@@ -5,10 +5,11 @@ Who gets new flows is decided in `weights`, who keeps the ones it has in `status
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from xdplb.core.status import FULL_RAMP, BackendStatus, NextHop, keeps_flows, keeps_flows_when_down
+from xdplb.core.status import FULL_RAMP, FULL_SHARE, BackendStatus, NextHop, keeps_flows, keeps_flows_when_down
 from xdplb.core.weights import serving
 from xdplb.model import Backend, BackendKey, Service
 
@@ -29,8 +30,8 @@ class DesiredBackend:
 
 @dataclass(frozen=True, slots=True)
 class DesiredService:
-    """Its backends' weights are `scale` times the configured ones: whole numbers also in a slow start, and the
-    configured ones themselves while there is none.
+    """Its backends' weights are `scale` times the configured ones: whole numbers also in a slow start, or where an
+    agent asks for a percentage, and the configured ones themselves while there is neither.
     """
 
     config: Service
@@ -44,14 +45,13 @@ class DesiredService:
 
 def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: frozenset[BackendKey]) -> DesiredService:
     """What the packet path should do for one service."""
-    weights = serving(service, statuses)
-    ramping = any(statuses[name].ramp < FULL_RAMP for name in weights)
+    weights, scale = _scaled(serving(service, statuses), statuses)
     return DesiredService(
         service,
         tuple(
             DesiredBackend(
                 config=backend,
-                weight=weights.get(backend.name, 0) * (statuses[backend.name].ramp if ramping else 1),
+                weight=weights.get(backend.name, 0),
                 up=backend.name in weights or keeps_flows(statuses[backend.name]),
                 keeps=keeps_flows_when_down(service, statuses[backend.name]),
                 next_hop=statuses[backend.name].next_hop,
@@ -59,5 +59,20 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
             )
             for backend in service.backends
         ),
-        FULL_RAMP if ramping else 1,
+        scale,
     )
+
+
+def _scaled(weights: Mapping[str, int], statuses: Mapping[str, BackendStatus]) -> tuple[Mapping[str, int], int]:
+    """The effective weights, and how many times the configured ones they are."""
+    ramping = any(statuses[name].ramp < FULL_RAMP for name in weights)
+    shared = any(statuses[name].agent.percent != FULL_SHARE for name in weights)
+    if not ramping and not shared:
+        return weights, 1
+    scale = (FULL_RAMP if ramping else 1) * (FULL_SHARE if shared else 1)
+    scaled = {
+        name: weight * (statuses[name].ramp if ramping else 1) * (statuses[name].agent.percent if shared else 1)
+        for name, weight in weights.items()
+    }
+    divisor = math.gcd(scale, *scaled.values()) if shared else 1
+    return {name: weight // divisor for name, weight in scaled.items()}, scale // divisor

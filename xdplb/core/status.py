@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from xdplb.core.health import AgentWord
 from xdplb.model import Address, Admin, BackendKey, Config, HealthState, OnDown, Service
 
 
@@ -26,10 +27,33 @@ FULL_RAMP = 20
 """In twentieths of a backend's weight: slow start is over."""
 
 
+FULL_SHARE = 100
+"""Percent."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState:
+    """What a backend's agent has said of it so far. `percent` is of the weight, and may exceed 100."""
+
+    admin: Admin = Admin.ACTIVE
+    percent: int = FULL_SHARE
+
+    def after(self, word: AgentWord) -> AgentState:
+        """A word holds until another of its kind comes."""
+        admin = self.admin if word.admin is None else word.admin
+        return AgentState(admin, self.percent if word.percent is None else word.percent)
+
+    def __str__(self) -> str:
+        return f"{'ready' if self.admin is Admin.ACTIVE else self.admin} {self.percent}%"
+
+
+_STRICTNESS = list(Admin)
+
+
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
     """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
-    holds; `ramp` is how many twentieths it has of either.
+    holds; `ramp` is how many twentieths it has of either. `admin` is the operator's word, `agent` the backend's own.
     """
 
     health: HealthState = HealthState.UNKNOWN
@@ -37,6 +61,12 @@ class BackendStatus:
     weight: int | None = None
     next_hop: NextHop | None = None
     ramp: int = FULL_RAMP
+    agent: AgentState = AgentState()
+
+    @property
+    def standing(self) -> Admin:
+        """The stricter of both words."""
+        return max(self.admin, self.agent.admin, key=_STRICTNESS.index)
 
 
 @dataclass(slots=True)
@@ -70,7 +100,7 @@ def takes_new_flows(status: BackendStatus) -> bool:
     """Whether health and operator let it. One that comes to that again begins its slow start. One whose next hop was
     lost for a while does not.
     """
-    return status.health is HealthState.UP and status.admin is Admin.ACTIVE
+    return status.health is HealthState.UP and status.standing is Admin.ACTIVE
 
 
 def keeps_flows(status: BackendStatus) -> bool:
@@ -86,4 +116,4 @@ def keeps_flows_when_down(service: Service, status: BackendStatus) -> bool:
 
 
 def _may_serve(status: BackendStatus) -> bool:
-    return status.admin is not Admin.MAINT and status.next_hop is not None
+    return status.standing is not Admin.MAINT and status.next_hop is not None

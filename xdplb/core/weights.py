@@ -17,7 +17,7 @@ def configured_weight(backend: Backend, status: BackendStatus) -> int:
 
 
 def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str, int]:
-    """Effective weights of the backends that take new flows, by name.
+    """Weights of the backends that take new flows, by name, before slow start and what agents ask for (desired.py).
 
     Healthy, active, reachable ones serve; backups only where none of the others does. Where none serves at all,
     `on_all_down: fail-open` asks again without regard to health.
@@ -29,9 +29,9 @@ def serving(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str
             for backend in service.backends
             if backend.backup is backup
             and (status := statuses[backend.name]).health in states
-            and status.admin is Admin.ACTIVE
+            and status.standing is Admin.ACTIVE
             and status.next_hop is not None
-            and (weight := configured_weight(backend, status)) > 0
+            and (weight := configured_weight(backend, status)) * status.agent.percent > 0
         }
 
     healthy, any_health = {HealthState.UP}, set(HealthState)

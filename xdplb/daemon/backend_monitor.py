@@ -9,15 +9,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from xdplb.checks.process import OpenChecker, open_process
 from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target, Targets, targets
 from xdplb.core import health
-from xdplb.core.health import CheckResult, Health
+from xdplb.core.health import AgentWord, CheckResult, Health
 from xdplb.core.slow_start import SlowStart
-from xdplb.core.status import BackendStatus, Statuses
+from xdplb.core.status import AgentState, BackendStatus, Statuses
 from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Address, Admin, BackendKey, CheckType, Config, HealthState
@@ -42,6 +42,7 @@ class _Candidate:
 
     target: Target
     health: Health
+    agent: AgentState = field(default_factory=AgentState)
 
 
 def _as_candidate(key: BackendKey) -> BackendKey:
@@ -94,6 +95,7 @@ class BackendMonitor:
         self.health = {key: self._inherited(key, target, before, known) for key, target in self._targets.items()}
         if left is not None:
             self._take_over(left)
+        candidates = self._candidates
         self._forget_candidates()
         members = None if left is None else {name: service.backends for name, service in left.services.items()}
         joining = self._slow_start.follow(config, members)
@@ -103,7 +105,8 @@ class BackendMonitor:
             override = overrides.get(key)
             admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
             status_before = BackendStatus() if key in joining else self.statuses.get(key)
-            status = BackendStatus(self.health[key].state, admin, weight, next_hop)
+            agent = self._inherited_agent(target, before.get(key), candidates.get(key), status_before)
+            status = BackendStatus(self.health[key].state, admin, weight, next_hop, agent=agent)
             self.statuses.set(key, self._slow_start.step(key, status_before, status, time.monotonic()))
 
     def _inherited(
@@ -117,6 +120,15 @@ class BackendMonitor:
         if key in before and before[key].place == target.place and target.check.type is not CheckType.NONE:
             return replace(known[key], streak=0)
         return health.initial(target.check, time.time())
+
+    def _inherited_agent(
+        self, target: Target, before: Target | None, candidate: _Candidate | None, status: BackendStatus
+    ) -> AgentState:
+        if target.check.type is not CheckType.AGENT:
+            return AgentState()
+        if candidate is not None and candidate.target == target:
+            return candidate.agent
+        return status.agent if before is not None and before.place == target.place else AgentState()
 
     def _take_over(self, left: Manifest) -> None:
         for key, target in self._targets.items():
@@ -194,8 +206,12 @@ class BackendMonitor:
     def _on_result(self, key: BackendKey, result: CheckResult) -> None:
         if (candidate := self._candidate(key)) is not None:
             candidate.health = health.observe(candidate.health, result, candidate.target.check, time.time())
+            if result.word is not None:
+                candidate.agent = candidate.agent.after(result.word)
             self._news.set()
             return
+        if result.word is not None:
+            self._on_word(key, result.word)
         before = self.health[key]
         now = self.health[key] = health.observe(before, result, self._targets[key].check, time.time())
         if now.state is before.state:
@@ -203,6 +219,13 @@ class BackendMonitor:
         self._news.set()
         log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.why)
         self._change(key, lambda status: replace(status, health=now.state))
+
+    def _on_word(self, key: BackendKey, word: AgentWord) -> None:
+        before = self.statuses.get(key).agent
+        now = before.after(word)
+        if now != before:
+            log.info("%s: its agent asks for %s", key, now)
+            self._change(key, lambda status: replace(status, agent=now))
 
     def _candidate(self, key: BackendKey) -> _Candidate | None:
         return self._candidates.get(BackendKey(key.service[1:], key.backend)) if key.service[0] == _AHEAD else None

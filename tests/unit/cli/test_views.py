@@ -127,6 +127,11 @@ def test_a_backend_that_fails_says_why(reason: str, cause: str, shown: str) -> N
     assert rendered(views.status(a_status(backend), NOW)).endswith(f"  {shown}")
 
 
+def test_a_backend_whose_agent_asks_for_something_says_so() -> None:
+    backend = a_backend("a", check={"duration_ms": 1.0, "cause": "", "agent": "drain 50%"})
+    assert rendered(views.status(a_status(backend), NOW)).endswith("  L7OK/200, its agent asks for drain 50%")
+
+
 def test_one_that_grows_into_its_weight_says_so() -> None:
     answer = a_status(a_backend("a", effective_weight=4, slow_start=0.35))
     (line,) = rendered(views.status(answer, NOW)).splitlines()[2:]
@@ -143,8 +148,9 @@ def test_names_are_text_and_never_markup() -> None:
 def test_every_code_of_a_failure_has_words() -> None:
     assert health.__doc__
     codes = {word.partition("/")[0] for word in health.__doc__.split() if word[:1] == "L" and word[1:2].isdigit()}
+    codes |= {"PROCERR", "PROCTOUT"}
     assert len(codes) > 8
-    for code in codes - {"L4OK", "L7OK"}:
+    for code in codes - {"L3OK", "L4OK", "L7OK"}:
         assert f"{code}: " in rendered(views.status(a_status(a_backend("a", reason=code)), NOW))
 
 

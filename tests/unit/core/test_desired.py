@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xdplb.core.desired import DesiredBackend, desire
+from xdplb.core.health import AgentWord
 from xdplb.core.nat_replies import reply_ports, shared_backends
 from xdplb.core.slow_start import ramp_after
-from xdplb.core.status import FULL_RAMP, BackendStatus, NextHop
+from xdplb.core.status import FULL_RAMP, AgentState, BackendStatus, NextHop
 from xdplb.core.weights import configured_weight, serving
 from xdplb.model import (
     Admin,
@@ -343,3 +344,46 @@ def test_one_service_that_names_a_backend_twice_shares_it_with_itself() -> None:
 def test_reply_ports(listen: tuple[int, int], port: int | None, replies: tuple[int, int]) -> None:
     of = service([], listen=Listen(IPv4Address("203.0.113.1"), *listen, Protocol.TCP))
     assert reply_ports(of, Backend("b", IPv4Address("10.0.0.1"), port)) == replies
+
+
+def asking(admin: Admin = Admin.ACTIVE, percent: int = 100) -> BackendStatus:
+    return replace(UP, agent=AgentState(admin, percent))
+
+
+class TestWhatAgentsAskFor:
+    pool = service([backend("a", 4), backend("b"), backend("spare", 3, backup=True)])
+
+    def weights(self, **statuses: BackendStatus) -> tuple[list[int], int, list[int]]:
+        desired = desire(self.pool, {"a": UP, "b": UP, "spare": UP} | statuses, NONE)
+        shown = [desired.shown_weight(backend) for backend in desired.backends]
+        return [backend.weight for backend in desired.backends], desired.scale, shown
+
+    def test_a_share_of_the_weight_in_the_smallest_numbers_there_are(self) -> None:
+        assert self.weights(a=asking(percent=75)) == ([3, 1, 0], 1, [3, 1, 0])
+        assert self.weights(b=asking(percent=50)) == ([8, 1, 0], 2, [4, 1, 0])
+        assert self.weights(b=asking(percent=200)) == ([4, 2, 0], 1, [4, 2, 0])
+
+    def test_nothing_of_it_is_no_new_flows_but_those_it_has(self) -> None:
+        assert self.weights(a=asking(percent=0)) == ([0, 1, 0], 1, [0, 1, 0])
+        a, *_ = desire(self.pool, {"a": asking(percent=0), "b": UP, "spare": UP}, NONE).backends
+        assert a.up and not a.weight
+
+    def test_of_the_operators_weight_and_in_a_slow_start_of_what_it_has(self) -> None:
+        assert self.weights(a=replace(asking(percent=50), weight=8)) == ([4, 1, 0], 1, [4, 1, 0])
+        assert self.weights(a=replace(asking(percent=50), ramp=5)) == ([1, 2, 0], 2, [1, 1, 0])
+
+    @pytest.mark.parametrize("admin", Admin)
+    @pytest.mark.parametrize("asked", Admin)
+    def test_the_stricter_of_operator_and_agent_counts(self, admin: Admin, asked: Admin) -> None:
+        both = replace(asking(asked), admin=admin)
+        strictest = Admin.MAINT if Admin.MAINT in (admin, asked) else Admin.DRAIN
+        assert both.standing is (Admin.ACTIVE if admin is asked is Admin.ACTIVE else strictest)
+        one = replace(UP, admin=both.standing)
+        assert desire(self.pool, {"a": both, "b": UP, "spare": UP}, NONE) == desire(
+            self.pool, {"a": one, "b": UP, "spare": UP}, NONE
+        )
+
+    def test_a_word_holds_until_another_of_its_kind(self) -> None:
+        state = AgentState().after(AgentWord(Admin.DRAIN, None)).after(AgentWord(None, 50)).after(AgentWord(None, None))
+        assert state == AgentState(Admin.DRAIN, 50) and str(state) == "drain 50%"
+        assert str(state.after(AgentWord(Admin.ACTIVE, None))) == "ready 50%"

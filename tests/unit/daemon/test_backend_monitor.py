@@ -14,10 +14,12 @@ from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, service
 from xdplb.checks.attempt import Verdict
 from xdplb.checks.coroutines import open_coroutines
 from xdplb.checks.endpoint import Endpoint
+from xdplb.core.health import AgentWord
+from xdplb.core.status import AgentState
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest, ServiceRecord
-from xdplb.model import Admin, BackendKey, HealthState
+from xdplb.model import Admin, BackendKey, CheckType, HealthState
 
 A, B = BackendKey("web", "a"), BackendKey("web", "b")
 ALIVE, DEAD = Verdict(True, "L4OK"), Verdict(False, "L4CON", "connection refused")
@@ -193,3 +195,44 @@ async def test_a_backend_that_the_file_drops_is_forgotten(house: House) -> None:
     house.monitor.follow(config(service("a", "b", check=UNCHECKED)))
     house.monitor.follow(config(service("a", check=UNCHECKED)))
     assert set(house.monitor.health) == {A} and set(house.monitor.statuses.by_service["web"]) == {"a"}
+
+
+AGENT = replace(TCP, type=CheckType.AGENT, interval_s=0.01)
+
+
+def says(admin: Admin | None, percent: int | None = None, ok: bool = True) -> Verdict:
+    return Verdict(ok, "L7OK" if ok else "L7STS/down", "", AgentWord(admin, percent))
+
+
+@in_house
+async def test_an_agent_drains_its_backend_and_gives_it_a_share(house: House) -> None:
+    house.answers["10.0.0.1"] = says(Admin.DRAIN, 50)
+    house.monitor.follow(config(service("a", "b", check=AGENT)))
+    await house.monitor.first_verdicts()
+    status = house.monitor.statuses.get(A)
+    assert (status.standing, status.admin, status.agent.percent) == (Admin.DRAIN, Admin.ACTIVE, 50)
+    house.changed.clear()
+    house.answers["10.0.0.1"] = says(Admin.ACTIVE)
+    await house.until(lambda: house.monitor.statuses.get(A).standing is Admin.ACTIVE)
+    assert (house.changed, house.monitor.statuses.get(A).agent.percent) == ([A], 50)
+
+
+@in_house
+async def test_what_an_agent_said_outlives_a_reload_but_not_its_check(house: House) -> None:
+    house.answers["10.0.0.1"] = says(Admin.MAINT)
+    house.monitor.follow(config(service("a", check=AGENT)))
+    await house.monitor.first_verdicts()
+    house.monitor.follow(config(service("a", check=replace(AGENT, fall=7))))
+    assert house.monitor.statuses.get(A).standing is Admin.MAINT
+    house.monitor.follow(config(service("a")))
+    assert house.monitor.statuses.get(A).agent == AgentState()
+
+
+@in_house
+async def test_what_the_agent_of_a_candidate_says_acts_with_its_configuration(house: House) -> None:
+    house.answers["10.0.0.2"] = says(Admin.DRAIN)
+    house.monitor.follow(config(service("a", check=AGENT)))
+    await house.monitor.first_verdicts()
+    await house.monitor.look_ahead(config(service("a", "b", check=AGENT)))
+    house.monitor.follow(config(service("a", "b", check=AGENT)))
+    assert house.monitor.statuses.get(B).standing is Admin.DRAIN
