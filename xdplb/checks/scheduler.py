@@ -59,6 +59,13 @@ def next_start(started: float, interval_s: float, check: Check, phase: float) ->
     return offset + math.floor((latest + timer_slack_s - offset) / interval_s) * interval_s
 
 
+def _log_trouble(trouble: str | None) -> None:
+    if trouble is None:
+        _log.info("health checks are no longer left out")
+    else:
+        _log.error("health checks are left out, and say nothing about backends: %s", trouble)
+
+
 @dataclass(slots=True, eq=False)
 class _Probe:
     """At most one of `timer`, `queued` and `in_flight` is set; none while the prober does not run.
@@ -84,7 +91,8 @@ class Prober:
 
     `next_interval` is asked after `on_result`, in seconds from start to start. At most `max_in_flight` checks are on
     the wire, or fewer where descriptors are short; where even that many do not answer, checks come late but in order.
-    For the event loop's thread only.
+    `on_trouble` is told what this host lacks for checks, and None when it lacks nothing any more. For the event loop's
+    thread only.
     """
 
     def __init__(
@@ -92,11 +100,13 @@ class Prober:
         on_result: Callable[[BackendKey, CheckResult], None],
         next_interval: Callable[[BackendKey], float],
         *,
+        on_trouble: Callable[[str | None], None] = _log_trouble,
         open_checker: OpenChecker = open_process,
         max_in_flight: int = 4096,
     ) -> None:
         self._on_result = on_result
         self._next_interval = next_interval
+        self._on_trouble = on_trouble
         self._open_checker = open_checker
         self._max_in_flight = max_in_flight
         self._room = max_in_flight
@@ -312,20 +322,16 @@ class Prober:
         return min(intervals_s, default=probe.endpoint.check.interval_s)
 
     def _note_trouble(self, probe: _Probe, trouble: str) -> None:
-        """A kind of trouble is said when it begins and when the last check that had it is over it."""
+        """A kind of trouble is told when it begins, and when the last check that had it is over it."""
         before, probe.trouble = probe.trouble, trouble
         if before == trouble:
             return
-        if trouble:
-            self._troubles[trouble] += 1
-            if self._troubles[trouble] == 1:
-                where = f"{probe.endpoint.literal}:{probe.endpoint.port}"
-                _log.error("health checks left out: %s (first that of %s); no verdict on backends", trouble, where)
-        if before:
-            self._troubles[before] -= 1
-            if not self._troubles[before]:
-                del self._troubles[before]
-                _log.info("health checks no longer left out: it is over that %s", before)
+        kinds = self._troubles.keys() | ()
+        self._troubles.update({trouble: 1} if trouble else {})
+        self._troubles.subtract({before: 1} if before else {})
+        self._troubles = +self._troubles
+        if self._troubles.keys() != kinds:
+            self._on_trouble("; ".join(self._troubles) or None)
 
     def _tell_room(self) -> None:
         """Where fewer checks can be on the wire than there are: it matters once many backends do not answer."""

@@ -16,6 +16,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from xdplb.config import read as configuration
@@ -113,7 +114,13 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
 
     alarms = Alarms()
     overrides = Overrides.of(instance)
-    monitor = BackendMonitor(links, overrides, lambda key: failover.on_change(key), on_link)
+    monitor = BackendMonitor(
+        links,
+        overrides,
+        lambda key: failover.on_change(key),
+        on_link,
+        on_check_trouble=partial(_alarm_of_checks, alarms),
+    )
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
     reloader = Reloader(
         options.config,
@@ -129,6 +136,15 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
     failover = Failover(monitor.statuses, lambda: reloader.engine, reloader.save)
     daemon = Daemon(options, interfaces, left, overrides, monitor, reloader, failover, alarms)
     return daemon
+
+
+def _alarm_of_checks(alarms: Alarms, trouble: str | None) -> None:
+    alarms.set(
+        trouble is not None,
+        "checks-left-out",
+        f"health checks are left out: {trouble}",
+        "mend it on this host: meanwhile backends keep the states that they have",
+    )
 
 
 def _first(group: ExceptionGroup[XdplbError]) -> XdplbError:

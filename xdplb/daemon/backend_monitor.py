@@ -52,6 +52,7 @@ def _as_candidate(key: BackendKey) -> BackendKey:
 class BackendMonitor:
     """`on_change(key)` comes after `statuses` has the new status; `on_link` for every change of an interface.
 
+    `on_check_trouble` hears what this host lacks to check its backends, and None when it lacks nothing any more.
     `open_checker` starts what carries out checks.
     """
 
@@ -62,13 +63,16 @@ class BackendMonitor:
         on_change: Callable[[BackendKey], None],
         on_link: Callable[[LinkEvent], None],
         *,
+        on_check_trouble: Callable[[str | None], None] = lambda trouble: None,
         open_checker: OpenChecker = open_process,
     ) -> None:
         self.health: dict[BackendKey, Health] = {}
         self.statuses = Statuses()
         self._overrides = overrides
         self._on_change = on_change
-        self._prober = Prober(self._on_result, self._next_interval, open_checker=open_checker)
+        self._prober = Prober(
+            self._on_result, self._next_interval, on_trouble=on_check_trouble, open_checker=open_checker
+        )
         self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
         self._targets: Targets = {}
         self._candidates: dict[BackendKey, _Candidate] = {}

@@ -363,10 +363,25 @@ async def test_this_hosts_own_trouble_is_nobodys_verdict(caplog: pytest.LogCaptu
         assert (await watch.result()).reason == "L4OK"
         assert prober.trouble is None
     assert gate.arrived.qsize() == 3
+    told = "health checks are left out, and say nothing about backends: too many open files"
     assert [record.message.partition(" (")[0] for record in caplog.records] == [
-        "health checks left out: too many open files in this process",
-        "health checks left out: too many open files on this host",
+        f"{told} in this process",
+        f"{told} on this host",
     ]
+
+
+@in_loop
+async def test_trouble_is_told_once_for_all_checks_that_have_it_and_when_it_is_over() -> None:
+    watch, gate = Watch(interval_s=0.005), Gate(opened=True)
+    told: list[str | None] = []
+    gate.trouble = {port: [OSError(errno.EADDRNOTAVAIL, "x")] * port for port in range(1, 20)}
+    options = {"open_checker": open_coroutines(gate), "on_trouble": told.append}
+    async with probing(watch, [gated(port) for port in range(1, 20)], **options) as prober:
+        seen = set()
+        while len(seen) < 19:
+            seen |= set(await watch.names(1))
+            assert prober.trouble is None or prober.trouble.endswith("no local port or address is left to connect from")
+    assert told == ["no local port or address is left to connect from", None]
 
 
 @in_loop
