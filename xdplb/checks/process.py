@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
@@ -42,12 +42,12 @@ OpenChecker = Callable[[Callable[[Report], None]], AbstractAsyncContextManager[C
 
 
 @asynccontextmanager
-async def open_process(on_report: Callable[[Report], None]) -> AsyncIterator[Checker]:
-    """Entered once the process runs."""
+async def open_process(on_report: Callable[[Report], None], launcher: Sequence[str] = ()) -> AsyncIterator[Checker]:
+    """Entered once the process runs. `launcher` is a command that runs another in its own place, such as prlimit."""
     ours, theirs = socket.socketpair()
     with theirs:
         try:
-            process = _spawn(theirs)
+            process = _spawn(theirs, launcher)
         except BaseException:
             ours.close()
             raise
@@ -62,12 +62,12 @@ async def open_process(on_report: Callable[[Report], None]) -> AsyncIterator[Che
         await asyncio.shield(asyncio.to_thread(process.wait))
 
 
-def _spawn(stream: socket.socket) -> subprocess.Popen[bytes]:
+def _spawn(stream: socket.socket, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
     """In a session of its own, so that a Ctrl-C is the daemon's alone."""
     here = str(Path(xdplb.__file__).parent.parent)
     arguments = [str(stream.fileno()), str(os.getpid()), here]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _PROGRAM, *arguments],
+        [*launcher, sys.executable, "-I", "-S", "-c", _PROGRAM, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[stream.fileno()],
