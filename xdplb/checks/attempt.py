@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import ssl
 from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
@@ -108,6 +109,8 @@ _WORDS = {
 
 def failed(error: OSError, layer: Layer) -> Verdict:
     """What an error of the network comes to."""
+    if isinstance(error, ssl.SSLError):  # its errno is OpenSSL's, not the system's
+        return Verdict(False, layer.failure, (error.reason or str(error)).replace("_", " ").lower())
     number = error.errno or 0
     if number in _OWN_TROUBLE:
         return Verdict(None, "SOCKERR", _OWN_TROUBLE[number])

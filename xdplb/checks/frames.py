@@ -20,7 +20,9 @@ RESULTS_PER_FRAME = 128
 
 @dataclass(slots=True)
 class Orders:
-    """`define` first, then `forget`, then `start`. A number is one endpoint's for good, and never given again."""
+    """`define` first, then `forget`, then `start`. A number is one endpoint's for good, and never given again. Where
+    there are none, the process answers that it is there.
+    """
 
     define: list[tuple[int, Endpoint]] = field(default_factory=list)
     forget: list[int] = field(default_factory=list)

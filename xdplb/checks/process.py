@@ -18,6 +18,8 @@ from xdplb.checks.endpoint import Endpoint
 from xdplb.checks.frames import Frames, Orders, Report
 
 DEFINITIONS_PER_FRAME = 256
+BEAT_EVERY_S = 3.0
+BEATS_UNANSWERED = 4
 _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[3]); from xdplb.checks.worker import main; main(*map(int, sys.argv[1:3]))"
 )
@@ -87,6 +89,7 @@ class Stream(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._greeted = asyncio.Event()
         self._ended = asyncio.Event()
+        self._unanswered = 0
 
     async def greeted(self) -> None:
         """Until the process has reported its room. ConnectionError where it ends before that."""
@@ -95,7 +98,14 @@ class Stream(asyncio.Protocol):
             raise ConnectionError("it ended at its start")
 
     async def ended(self) -> None:
-        await self._ended.wait()
+        """Or until the process has not answered several times: one that hangs is as good as none."""
+        while self._unanswered < BEATS_UNANSWERED:
+            try:
+                await asyncio.wait_for(self._ended.wait(), BEAT_EVERY_S)
+                return
+            except TimeoutError:
+                self._unanswered += 1
+                self._transport.write(frames.pack_orders(Orders()))
 
     def define(self, number: int, endpoint: Endpoint) -> None:
         self._orders.define.append((number, endpoint))
@@ -120,6 +130,7 @@ class Stream(asyncio.Protocol):
             except (ValueError, TypeError):
                 self._transport.abort()
                 return
+            self._unanswered = 0
             self._on_report(report)
             self._greeted.set()
 

@@ -119,6 +119,7 @@ class Prober:
         self._pump_scheduled = False
         self._logged: set[str] = set()
         self._troubles: Counter[str] = Counter()
+        self._unable = ""
         self._told_room = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._checker: Checker
@@ -126,9 +127,8 @@ class Prober:
     @property
     def trouble(self) -> str | None:
         """What this host lacks to carry out checks, in words; None where it lacks nothing."""
-        if not self._troubles:
-            return None
-        return "; ".join(f"{number} left out: {what}" for what, number in self._troubles.most_common())
+        left_out = [f"{number} left out: {what}" for what, number in self._troubles.most_common()]
+        return "; ".join([*filter(None, [self._unable]), *left_out]) or None
 
     async def run(self) -> None:
         """What carries the checks out is started anew when it ends."""
@@ -138,11 +138,14 @@ class Prober:
             began = loop.time()
             try:
                 await self._run_once(loop)
-                reason = "it was killed, or crashed"
+                reason = "it was killed, crashed or hung"
             except OSError as error:
-                reason = str(error)
+                reason = f"it cannot start: {error}"
             failures = 1 if loop.time() - began > _RAN_WELL_S else failures + 1
-            _log.error("the process of the health checks has ended (%s); it is started anew", reason)
+            if failures <= len(_RESTART_AFTER_S):
+                _log.error("the process of the health checks has ended (%s); it is started anew", reason)
+            if failures > 1:
+                self._set_unable("no process carries them out")
 
     async def _run_once(self, loop: asyncio.AbstractEventLoop) -> None:
         async with self._open_checker(self._on_report) as checker:
@@ -283,6 +286,8 @@ class Prober:
         if "bug" in report:
             kind = report["bug"].rstrip().rpartition("\n")[2].partition(":")[0]
             self._log_once(kind, f"a health check failed oddly\n{report['bug']}")
+        if report.get("results"):
+            self._set_unable("")
         for result in report.get("results", ()):
             probe = self._by_number.get(result.number)
             if probe is not None and probe.in_flight:
@@ -331,7 +336,15 @@ class Prober:
         self._troubles.subtract({before: 1} if before else {})
         self._troubles = +self._troubles
         if self._troubles.keys() != kinds:
-            self._on_trouble("; ".join(self._troubles) or None)
+            self._tell_trouble()
+
+    def _set_unable(self, unable: str) -> None:
+        if unable != self._unable:
+            self._unable = unable
+            self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        self._on_trouble("; ".join([*filter(None, [self._unable]), *self._troubles]) or None)
 
     def _tell_room(self) -> None:
         """Where fewer checks can be on the wire than there are: it matters once many backends do not answer."""

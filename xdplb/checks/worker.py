@@ -76,6 +76,8 @@ class Worker:
             self._carry_out(frames.orders(frame))
 
     def _carry_out(self, orders: frames.Orders) -> None:
+        if not orders:
+            self._outgoing += frames.pack_report({})
         for number, endpoint in orders.define:
             self._endpoints[number] = endpoint, kind_of(endpoint, self._pinger)
         for number in orders.forget:

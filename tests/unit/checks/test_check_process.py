@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from probing import Watch, in_loop, open_thread, probing, serving, silent, target
 
-from xdplb.checks import frames
+from xdplb.checks import frames, process
 from xdplb.checks.frames import Orders, Report, Result
-from xdplb.checks.process import open_process
+from xdplb.checks.process import Checker, open_process
 from xdplb.checks.worker import SPARE_DESCRIPTORS
 from xdplb.model import Check, CheckType
 
@@ -50,8 +51,8 @@ async def running(watch: Watch, delay_s: float = 0.0, check: Check = QUICK) -> A
         probing(watch, [target("a", "127.0.0.1", port, check)], open_checker=open_process),
     ):
         assert (await watch.result()).reason == "L7OK/200"
-        (process,) = children()
-        yield process
+        (found,) = children()
+        yield found
 
 
 @contextlib.contextmanager
@@ -78,8 +79,8 @@ server.serve_forever()
 
 @in_loop
 async def test_it_has_no_privileges_and_does_not_get_any() -> None:
-    async with running(Watch()) as process:
-        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    async with running(Watch()) as pid:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in status}
     if os.geteuid() == 0:
         assert len(set(fields["Uid"] + fields["Gid"])) == 1 and fields["Uid"][0] != "0" and fields["Groups"] == []
@@ -97,24 +98,69 @@ async def test_it_ends_with_the_checks() -> None:
 @in_loop
 async def test_another_takes_its_place_when_it_is_killed(caplog: pytest.LogCaptureFixture) -> None:
     watch = Watch(interval_s=QUICK.interval_s)
-    async with running(watch) as process:
-        os.kill(process, signal.SIGKILL)
-        while children() in ([process], []):  # noqa: ASYNC110
+    async with running(watch) as pid:
+        os.kill(pid, signal.SIGKILL)
+        while children() in ([pid], []):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         while not watch.heard.empty():
             watch.heard.get_nowait()
         assert [(await watch.result()).reason for _ in range(3)] == ["L7OK/200"] * 3
     assert [record.message for record in caplog.records] == [
-        "the process of the health checks has ended (it was killed, or crashed); it is started anew"
+        "the process of the health checks has ended (it was killed, crashed or hung); it is started anew"
     ]
+
+
+@in_loop
+async def test_another_takes_its_place_when_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was stopped for good checks nobody, so nobody would be seen to fail."""
+    monkeypatch.setattr(process, "BEAT_EVERY_S", 0.2)
+    watch = Watch(interval_s=QUICK.interval_s)
+    async with running(watch) as stopped:
+        os.kill(stopped, signal.SIGSTOP)
+        while stopped in children():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while not watch.heard.empty():
+            watch.heard.get_nowait()
+        assert [(await watch.result()).reason for _ in range(3)] == ["L7OK/200"] * 3
+
+
+@in_loop
+async def test_a_process_that_only_answers_beats_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "BEAT_EVERY_S", 0.05)
+    async with running(Watch()) as first:
+        await asyncio.sleep(0.5)
+        assert children() == [first]
+
+
+@in_loop
+async def test_a_process_that_cannot_start_is_trouble_until_it_can() -> None:
+    """Nobody is judged meanwhile."""
+    told: list[str | None] = []
+    attempts = 0
+
+    @contextlib.asynccontextmanager
+    async def open_sometimes(on_report: Callable[[Report], None]) -> AsyncIterator[Checker]:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        async with open_thread(on_report) as checker:
+            yield checker
+
+    watch = Watch()
+    async with serving(ok_after) as port:
+        targets = [target("a", "127.0.0.1", port, QUICK)]
+        async with probing(watch, targets, open_checker=open_sometimes, on_trouble=told.append):
+            assert (await watch.result()).reason == "L7OK/200"
+    assert told == ["no process carries them out", None]
 
 
 @in_loop
 async def test_a_check_under_way_when_it_is_killed_is_no_verdict() -> None:
     watch = Watch(interval_s=QUICK.interval_s)
-    async with running(watch, delay_s=0.1) as process:
+    async with running(watch, delay_s=0.1) as pid:
         await asyncio.sleep(0.05)
-        os.kill(process, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert {(await watch.result()).reason for _ in range(4)} == {"L7OK/200"}
 
 
@@ -122,7 +168,7 @@ def test_it_ends_with_its_daemon(tmp_path: Path) -> None:
     """Stopped, too: it does not need to run for that."""
     program = """
 import asyncio, sys
-from xdplb.checks.process import open_process
+from xdplb.checks.process import Checker, open_process
 async def main():
     async with open_process(lambda report: None):
         print(open(f"/proc/self/task/{__import__('os').getpid()}/children").read().split()[0], flush=True)
@@ -131,11 +177,11 @@ asyncio.run(main())
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as daemon:
         assert daemon.stdout
-        process = int(daemon.stdout.readline())
-        os.kill(process, signal.SIGSTOP)
+        pid = int(daemon.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
         daemon.kill()
     end = time.monotonic() + 5
-    while Path(f"/proc/{process}/cmdline").exists() and Path(f"/proc/{process}/cmdline").read_bytes():
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -143,12 +189,12 @@ asyncio.run(main())
 @in_loop
 async def test_a_process_that_stood_still_for_two_seconds_holds_it_against_nobody() -> None:
     watch = Watch(interval_s=QUICK.interval_s)
-    async with running(watch, delay_s=0.2) as process:
+    async with running(watch, delay_s=0.2) as pid:
         for _ in range(2):
             await asyncio.sleep(0.1)
-            os.kill(process, signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
             await asyncio.sleep(2.0)
-            os.kill(process, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
             assert {(await watch.result()).reason for _ in range(3)} == {"L7OK/200"}
 
 
@@ -190,8 +236,8 @@ async def test_no_more_checks_than_descriptors(caplog: pytest.LogCaptureFixture)
 async def test_its_room_is_what_the_hard_limit_of_descriptors_leaves() -> None:
     program = "from xdplb.checks.worker import room; print(room())"
     command = ["prlimit", "--nofile=100:200", sys.executable, "-c", program]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    output, _ = await process.communicate()
+    started = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    output, _ = await started.communicate()
     assert int(output) == 200 - SPARE_DESCRIPTORS
 
 

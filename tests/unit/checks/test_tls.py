@@ -149,6 +149,16 @@ async def test_ciphers_in_common_are_missing(certificates: Certificates) -> None
     assert (found.reason, found.cause) == ("L6RSP", "TLS alert handshake failure")
 
 
+@in_loop
+async def test_a_server_that_wants_to_know_who_asks(certificates: Certificates) -> None:
+    """In TLS 1.3 it says so only after the handshake. That is the server's word, not this host's trouble."""
+    for version in ("-tls1_2", "-tls1_3"):
+        with s_server(certificates.valid, version, "-Verify", "1") as port:
+            found = await result(port, Tls())
+        assert (found.ok, found.reason) == (False, "L6RSP" if version == "-tls1_2" else "L7RSP")
+        assert "handshake failure" in found.cause or "certificate required" in found.cause
+
+
 def test_another_option_is_another_endpoint() -> None:
     """So that no verdict of one is taken for the other's."""
     from ipaddress import ip_address
