@@ -124,6 +124,7 @@ def test_an_address_that_the_kernel_refuses_leaves_the_old_configuration_wholly_
     balancer.down()
 
 
+@pytest.mark.alone
 def test_status_answers_from_the_first_moment_and_down_ends_a_start(lab: Laboratory, balancer: Balancer) -> None:
     slow = {"type": "tcp", "interval": "1s", "timeout": "900ms", "port": 9}
     balancer.write(service("web80", at(VIP[4], 80), [{"name": "x", "address": "10.255.255.1"}], check=slow))
@@ -140,6 +141,7 @@ def test_status_answers_from_the_first_moment_and_down_ends_a_start(lab: Laborat
     assert time.monotonic() - begun < 8 and not balancer.process.running
 
 
+@pytest.mark.alone
 def test_a_daemon_that_hangs_is_ended_by_down(lab: Laboratory, balancer: Balancer) -> None:
     balancer.up(web(lab))
     balancer.process.send_signal(signal.SIGSTOP)
