@@ -293,6 +293,22 @@ class FlowCache:
     datagram_s: float = 300.0
 
 
+class Upkeep(enum.StrEnum):
+    """What becomes of a part of the host that is not as the configuration needs it: put right, or told."""
+
+    MEND = "mend"
+    ALARM = "alarm"
+
+
+@dataclass(frozen=True, slots=True)
+class HostUpkeep:
+    """With `ALARM`, xdplb changes none of these itself. All is looked at every `interval_s`, and at events."""
+
+    addresses: Upkeep = Upkeep.MEND
+    settings: Upkeep = Upkeep.MEND
+    interval_s: float = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """A whole, valid configuration.
@@ -312,6 +328,7 @@ class Config:
     control_loss_s: float | None = None
     source_pool: tuple[Address, ...] = ()
     """This host's addresses that full NAT sends from."""
+    host: HostUpkeep = HostUpkeep()
 
     def sources(self, version: int) -> tuple[Address, ...]:
         """Of the pool, those of a family; none where no service sends from them."""

@@ -28,20 +28,22 @@ def changes(old: Config, new: Config) -> Iterator[Change]:
     """What differs, service by service and backend by backend."""
     for name in _differing(_RELOADED, old, new):
         yield _change(_title(name), _from_to(name, old, new))
-    for name in _differing([field.name for field in fields(old.flow_cache)], old.flow_cache, new.flow_cache):
-        yield _change("flow_cache", f"{_title(name)} {_from_to(name, old.flow_cache, new.flow_cache)}")
+    for part in ("flow_cache", "host"):
+        before, after = getattr(old, part), getattr(new, part)
+        for name in _differing([field.name for field in fields(before)], before, after):
+            yield _change(part, f"{_title(name)} {_from_to(name, before, after)}")
     for name in _differing(_ONLY_AT_START, old, new):
         yield _change(name, "not by a reload: only the next `up` takes it")
-    before, after = ({s.name: s for s in config.services} for config in (old, new))
-    for name in before:
-        if name not in after:
-            yield {"kind": "remove", "what": f"service {name}", "detail": str(before[name].listen)}
-    for name, service in after.items():
-        if name not in before:
+    known, wanted = ({s.name: s for s in config.services} for config in (old, new))
+    for name in known:
+        if name not in wanted:
+            yield {"kind": "remove", "what": f"service {name}", "detail": str(known[name].listen)}
+    for name, service in wanted.items():
+        if name not in known:
             detail = f"{service.listen}, {len(service.backends)} backends"
             yield {"kind": "add", "what": f"service {name}", "detail": detail}
-        elif before[name] != service:
-            yield from _service_changes(before[name], service)
+        elif known[name] != service:
+            yield from _service_changes(known[name], service)
 
 
 def _service_changes(old: Service, new: Service) -> Iterator[Change]:

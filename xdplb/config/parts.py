@@ -41,6 +41,7 @@ from xdplb.config.values import (
     parse_endpoint,
     parse_expect,
     parse_hash_key,
+    parse_host_interval,
     parse_idle,
     parse_interface,
     parse_interval,
@@ -68,6 +69,7 @@ from xdplb.model import (
     OnRemove,
     Scheduler,
     TlsVersion,
+    Upkeep,
 )
 
 
@@ -106,6 +108,7 @@ _Count = Annotated[int, Field(ge=1, le=255)]
 _CHECK = model.Check()
 _TLS = model.Tls()
 _FLOW_CACHE = model.FlowCache()
+_HOST = model.HostUpkeep()
 
 
 class Part(BaseModel):
@@ -237,6 +240,21 @@ class FlowCachePart(Part):
     """The same of UDP."""
 
 
+class HostPart(Part):
+    """What xdplb does when somebody changes what it needs of this host."""
+
+    addresses: Annotated[Upkeep, PlainValidator(choice("upkeep of addresses", Upkeep, ())), _words(Upkeep)] = (
+        _HOST.addresses
+    )
+    """mend: adds service addresses that are missing. alarm: changes none, and says what is missing."""
+    settings: Annotated[Upkeep, PlainValidator(choice("upkeep of settings", Upkeep, ())), _words(Upkeep)] = (
+        _HOST.settings
+    )
+    """The same of the kernel settings that nat and full-nat need."""
+    interval: Annotated[float, PlainValidator(parse_host_interval), _DURATION_SCHEMA] = _HOST.interval_s
+    """How often all of it is looked at, also without an event."""
+
+
 class BackendPart(Part):
     """One server of a service."""
 
@@ -277,6 +295,7 @@ class FilePart(Part):
         float | None, PlainValidator(parse_control_loss), _word_or_settings(ControlLoss, after="string")
     ] = None
     """pass: without a daemon the kernel gets the services' packets, after some time; keep: balancing goes on."""
+    host: HostPart = HostPart()
     defaults: SettingsPart = SettingsPart()
     services: list[ServicePart]
 

@@ -55,6 +55,7 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         _flow_cache(file.flow_cache),
         file.on_control_loss,
         tuple(dict.fromkeys(address for part in file.source_pool for address in part)),
+        model.HostUpkeep(file.host.addresses, file.host.settings, file.host.interval),
     )
 
 

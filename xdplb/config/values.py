@@ -85,6 +85,13 @@ def parse_interval(value: object) -> float:
     return seconds
 
 
+def parse_host_interval(value: object) -> float:
+    seconds = parse_duration(value)
+    if not 1 <= seconds <= 3600:
+        raise ValueError(f"must be from 1s to 1h, but is {value}")
+    return seconds
+
+
 def choice(what: str, available: type[StrEnum], later: Sequence[str]) -> Callable[[object], StrEnum]:
     """A parser of words out of `available`; `later` are words of the contract whose feature does not exist yet."""
     words = {member.value: member for member in available}

@@ -16,6 +16,7 @@ from xdplb.model import (
     Config,
     FlowMemory,
     Forward,
+    HostUpkeep,
     Listen,
     OnAllDown,
     OnDown,
@@ -23,6 +24,7 @@ from xdplb.model import (
     Scheduler,
     Service,
     Tls,
+    Upkeep,
 )
 
 LISTEN = Listen(IPv4Address("203.0.113.10"), 80, 80, Protocol.TCP)
@@ -163,3 +165,11 @@ def test_lines_come_service_by_service() -> None:
     old = config(WEB, DNS)
     new = config(replace(WEB, backends=(A,), forward=Forward.DSR), replace(DNS, backends=(replace(A, weight=1), B)))
     assert [what for _, what, _ in lines(old, new)] == ["service web", "backend web/b", "backend dns/a"]
+
+
+def test_each_key_of_the_hosts_upkeep_is_one_line() -> None:
+    upkeep = HostUpkeep(addresses=Upkeep.ALARM, interval_s=30.0)
+    assert lines(config(), replace(config(), host=upkeep)) == [
+        ("change", "host", "addresses mend -> alarm"),
+        ("change", "host", "interval 10s -> 30s"),
+    ]

@@ -25,12 +25,14 @@ from xdplb.model import (
     FlowCache,
     FlowMemory,
     Forward,
+    HostUpkeep,
     Listen,
     OnAllDown,
     OnDown,
     Protocol,
     Scheduler,
     Service,
+    Upkeep,
 )
 
 EXAMPLE = """\
@@ -111,6 +113,12 @@ def test_the_flow_cache_is_the_models_where_nothing_is_said() -> None:
     assert configuration.parse("flow_cache: {}\n" + service(), "FILE").flow_cache == FlowCache()
     text = "flow_cache: {capacity: 4096, window: 5m, established: 34m, closing: 1s, opening: 2500ms, datagram: 30s}\n"
     assert configuration.parse(text + service(), "FILE").flow_cache == FlowCache(4096, 300.0, 2040.0, 1.0, 2.5, 30.0)
+
+
+def test_the_host_is_mended_where_nothing_is_said() -> None:
+    assert configuration.parse(service(), "FILE").host == HostUpkeep()
+    text = "host: {addresses: alarm, settings: alarm, interval: 30s}\n"
+    assert configuration.parse(text + service(), "FILE").host == HostUpkeep(Upkeep.ALARM, Upkeep.ALARM, 30.0)
 
 
 @pytest.mark.parametrize(
