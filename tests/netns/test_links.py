@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
-from cable import GATEWAY6, TIMEOUT_S, Lab, cabled, libc
+from cable import GATEWAY4, GATEWAY6, TIMEOUT_S, Lab, cabled, ip, libc
 
 from xdplb.errors import ForeignProgram, NotCapable
 from xdplb.model import Address, AttachMode
 from xdplb.net.links import Attached, Links
+from xdplb.net.next_hops import Route
 from xdplb.net.offloads import disable_receive_aggregation, restore_receive_aggregation
 from xdplb.net.sysctl import Sysctls
 
@@ -240,6 +241,42 @@ def test_an_ipv6_vip_is_never_a_source(lab: Lab) -> None:
             route = await links.route(ip_address("fd07::13"))
             assert route is not None and route.source == GATEWAY6
 
+    lab.run(test)
+
+
+def test_the_routes_of_many_addresses_are_those_that_ip_shows(lab: Lab) -> None:
+    """More than fit into one batch, and some that lead nowhere."""
+    several = {
+        "10.9.1.1": "10.9.1.1 via 10.7.0.11 dev gw0 src 10.7.0.1",
+        "10.9.2.1": "10.9.2.1 via inet6 fd07::11 dev gw0 src 10.7.0.1",
+        "10.7.0.1": "local 10.7.0.1 dev lo src 10.7.0.1",
+        "fd09::1": "fd09::1 from :: via fd07::11 dev gw0",
+        "10.7.0.77": "10.7.0.77 dev gw0 src 10.7.0.1",
+    }
+
+    async def test() -> None:
+        async with Links() as links:
+            gw0, lo = [(await links.interface(name)).index for name in ("gw0", "lo")]
+            nowhere = [ip_address(f"10.20.{n // 200}.{n % 200}") for n in range(1000)]
+            unwanted = [ip_address(text) for text in ("10.10.1.1", "10.10.2.1", "fd10::1", "255.255.255.255")]
+            found = await links.routes([*nowhere, *map(ip_address, several), *unwanted])
+            assert len(found) == len(nowhere) + len(several) + len(unwanted)
+            assert {found[address] for address in (*nowhere, *unwanted)} == {None}
+            for text, shown in several.items():
+                assert ip(f"-n {lab.gateway} route get {text}").startswith(shown), "the test knows `ip`"
+            via4, via6, own, six, on_link = (found[ip_address(text)] for text in several)
+            assert via4 == Route(gw0, ip_address("10.7.0.11"), GATEWAY4, 1300)
+            assert via6 == Route(gw0, ip_address("fd07::11"), GATEWAY4, None)
+            assert own == Route(lo, None, GATEWAY4, None, local=True)
+            assert six is not None and (six.ifindex, six.gateway) == (gw0, ip_address("fd07::11"))
+            assert on_link == Route(gw0, None, GATEWAY4, None)
+
+    lab.gw("route add 10.9.1.0/24 via 10.7.0.11 mtu 1300")
+    lab.gw("route add 10.9.2.0/24 via inet6 fd07::11 dev gw0")
+    lab.gw("-6 route add fd09::/64 via fd07::11")
+    lab.gw("route add unreachable 10.10.1.0/24")
+    lab.gw("route add blackhole 10.10.2.0/24")
+    lab.gw("-6 route add prohibit fd10::/64")
     lab.run(test)
 
 

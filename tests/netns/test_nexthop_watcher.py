@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from cable import BACKEND4, BACKEND6, GATEWAY4, GATEWAY6, TIMEOUT_S, Lab, add_ca
 from xdplb.model import Address
 from xdplb.net.links import Links
 from xdplb.net.next_hop_watcher import NextHopWatcher
-from xdplb.net.next_hops import LinkEvent, NeighbourKey, NextHopState, Resolution
+from xdplb.net.next_hops import Event, LinkEvent, NeighbourKey, NextHopState, Resolution
 
 BEHIND4, BEHIND6 = ip_address("10.8.0.5"), ip_address("fd08::5")
 
@@ -59,7 +60,9 @@ class Seen:
 
 
 @contextlib.asynccontextmanager
-async def watching(*addresses: Address, links: Links | None = None) -> AsyncIterator[Seen]:
+async def watching(
+    *addresses: Address, links: Links | None = None, look_again_s: float = math.inf
+) -> AsyncIterator[Seen]:
     async with links or Links() as kernel:
         changes: list[Resolution] = []
         troubles: list[tuple[Address, str]] = []
@@ -73,7 +76,9 @@ async def watching(*addresses: Address, links: Links | None = None) -> AsyncIter
 
             return note
 
-        watcher = NextHopWatcher(kernel, noting(changes.append), noting(troubles.append), noting(events.append))
+        watcher = NextHopWatcher(
+            kernel, noting(changes.append), noting(troubles.append), noting(events.append), look_again_s
+        )
         watcher.set_addresses(addresses)
         running = asyncio.create_task(watcher.run())
         running.add_done_callback(lambda task: tick.set())
@@ -148,6 +153,49 @@ def test_routes_are_followed(lab: Lab, address: Address) -> None:
 
     lab.be("addr add 10.7.0.12/24 dev be0")
     lab.be("addr add fd07::12/64 dev be0 nodad")
+    lab.run(test)
+
+
+@pytest.mark.parametrize("compatible", [0, 1], ids=["objects-alone", "compatible"])
+@pytest.mark.parametrize("address", [BEHIND4, BEHIND6])
+def test_next_hop_objects_are_followed(lab: Lab, address: Address, compatible: int) -> None:
+    """With nexthop_compat_mode=0 the kernel tells of the object alone, not of the routes that name it."""
+    first, second = (BACKEND4, "10.7.0.12") if address.version == 4 else (BACKEND6, "fd07::12")
+
+    async def test() -> None:
+        lab.gw(f"nexthop add id 7 via {first} dev gw0")
+        lab.gw(f"route add {address} nhid 7")
+        async with watching(address) as seen:
+            await seen.record(address, lambda record: record.via == first)
+            lab.gw(f"nexthop replace id 7 via {second} dev gw0")
+            await seen.record(address, lambda record: str(record.via) == second and record.dest_mac is not None)
+            lab.gw("nexthop del id 7")
+            await seen.state(address, NextHopState.NO_ROUTE)
+
+    lab.be("addr add 10.7.0.12/24 dev be0")
+    lab.be("addr add fd07::12/64 dev be0 nodad")
+    setting = f"net.ipv4.nexthop_compat_mode={compatible}"
+    subprocess.run(["ip", "netns", "exec", lab.gateway, "sysctl", "-qw", setting], check=True)
+    lab.run(test)
+
+
+def test_a_route_whose_event_never_came_is_found(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.asynccontextmanager
+    async def deaf() -> AsyncIterator[AsyncIterator[Event]]:
+        async def nothing() -> AsyncIterator[Event]:
+            await asyncio.get_running_loop().create_future()
+            yield  # type: ignore[misc]
+
+        yield nothing()
+
+    async def test() -> None:
+        links = Links()
+        monkeypatch.setattr(links, "events", deaf)
+        async with watching(BEHIND4, links=links, look_again_s=2) as seen:
+            await seen.state(BEHIND4, NextHopState.NO_ROUTE)
+            lab.gw(f"route add {BEHIND4} via {BACKEND4}")
+            await seen.record(BEHIND4, lambda record: record.via == BACKEND4)
+
     lab.run(test)
 
 

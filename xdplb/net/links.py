@@ -6,23 +6,29 @@ thread that enters `Links`.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import errno
+import logging
 import socket
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from xdplb.errors import ForeignProgram, NotCapable, NotPrivileged, XdplbError
 from xdplb.model import Address, AttachMode
-from xdplb.net import rtnl
+from xdplb.net import announce, bulk, rtnl
 from xdplb.net.attach_errors import Refusal, attach_error
 from xdplb.net.next_hops import HAS_MAC, Event, EventsLostError, Interface, Neighbour, NeighbourKey, Route
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 XDP_FLAGS_UPDATE_IF_NOEXIST, XDP_FLAGS_REPLACE = 0x01, 0x10
 XDP_FLAGS_MODE = {AttachMode.GENERIC: 0x02, AttachMode.NATIVE: 0x04}
@@ -31,14 +37,10 @@ NTF_USE = 0x01
 RTPROT_KERNEL = 2
 NLM_F_DUMP_INTR = 0x10
 SO_RCVBUFFORCE = 33
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NEXTHOP = 270, 1, 32
 EVENT_BUFFER_BYTES = 8 << 20
 # RTMGRP_*: link, neighbour, and address, route, rule of both families
 EVENT_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
-# no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
-NO_ROUTE = {
-    *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN),
-    *(errno.ENODEV, errno.ENETDOWN),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,14 @@ class Attached:
 
     prog_id: int
     mode: AttachMode
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """An interface as it is now, and the program that runs there."""
+
+    interface: Interface
+    attached: Attached | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,14 @@ class Links:
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         suggestion = f"did you mean '{close[0]}'? " if close else ""
         raise NotCapable(f"no interface is named '{name}'", f"{suggestion}this host has: {', '.join(names)}")
+
+    async def observe(self, index: int) -> Observed | None:
+        """None where the interface is gone from this network namespace."""
+        try:
+            link = await self._link(index)
+        except NotCapable:
+            return None
+        return Observed(rtnl.interface(link), _attached(link))
 
     async def attached(self, index: int) -> Attached | None:
         """Raises NotCapable where the interface is gone."""
@@ -134,7 +152,27 @@ class Links:
 
     async def addresses(self) -> set[Address]:
         """All addresses of this host, of all its interfaces."""
-        return {rtnl.local_address(message) for message in await self._dump("addr")}
+        return await asyncio.to_thread(bulk.addresses)
+
+    async def announce(self, interface: Interface, addresses: Iterable[Address]) -> None:
+        """Tells the link that these addresses are here: gratuitous ARP, unsolicited neighbour advertisements."""
+        await self._on_the_wire(interface, announce.announce, tuple(addresses))
+
+    async def owners(self, interface: Interface, addresses: Collection[Address]) -> dict[Address, bytes]:
+        """Which of the addresses another host on the link answers for, with its MAC. Takes a third of a second."""
+        return await self._on_the_wire(interface, announce.owners, tuple(addresses)) or {}
+
+    async def _on_the_wire(
+        self, interface: Interface, what: Callable[..., _T], addresses: tuple[Address, ...]
+    ) -> _T | None:
+        """None where no frame can leave: not Ethernet, down, or gone."""
+        if not addresses or not interface.mac or not interface.up:
+            return None
+        try:
+            return await asyncio.to_thread(what, interface, addresses)
+        except OSError as error:
+            log.debug("%s: %s", interface.name, error)
+            return None
 
     async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
         """Adds the address alone (/32, /128), usable at once. False where any interface of this host has it already.
@@ -168,13 +206,11 @@ class Links:
 
     async def route(self, address: Address) -> Route | None:
         """The way a packet from this host to `address` would take; None where there is none."""
-        try:
-            messages = await self._netlink.route("get", dst=str(address))
-        except NetlinkError as error:
-            if error.code in NO_ROUTE:
-                return None
-            raise _failed(f"cannot look up the route to {address}", error) from error
-        return rtnl.route(messages[0])
+        return (await self.routes([address]))[address]
+
+    async def routes(self, addresses: Collection[Address]) -> dict[Address, Route | None]:
+        """The same of many addresses."""
+        return await asyncio.to_thread(bulk.routes, addresses)
 
     async def neighbours(self) -> list[Neighbour]:
         entries = (rtnl.neighbour(message) for message in await self._dump("neigh"))
@@ -210,6 +246,10 @@ class Links:
             if error.code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
                 raise _failed(f"cannot release the neighbour {key.address}", error) from error
 
+    def host_changes(self) -> AbstractContextManager[AsyncIterator[None]]:
+        """Yields whenever interfaces, addresses or settings of this host have changed."""
+        return bulk.host_changes()
+
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
         """What happens from now on to interfaces, neighbours and routes. The iterator raises EventsLostError."""
@@ -217,6 +257,7 @@ class Links:
         try:
             subscription.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self._event_buffer_bytes)
             await subscription.bind(EVENT_GROUPS)
+            subscription.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NEXTHOP)
             yield _read(subscription)
         finally:
             subscription.close()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from itertools import islice
+from math import ceil
 from types import MappingProxyType
 from typing import Protocol
 
@@ -23,6 +25,7 @@ from xdplb.net.next_hops import (
     Neighbour,
     NeighbourEvent,
     NeighbourKey,
+    NextHopEvent,
     Nud,
     Resolution,
     Route,
@@ -36,6 +39,10 @@ log = logging.getLogger(__name__)
 
 DEBOUNCE_S = 0.05
 TEND_INTERVAL_S = 1.0
+LOOK_AGAIN_EVERY_S = 10.0
+"""All routes are looked up anew within this time, so that an event that never came does not count for long."""
+SLICE = 250
+"""Addresses looked up before something else has its turn: some milliseconds."""
 RESUBSCRIBE_PAUSE_S = 0.1
 CONFIRMED = Nud.REACHABLE | Nud.DELAY | Nud.PROBE
 
@@ -45,7 +52,7 @@ class Kernel(Protocol):
 
     async def interfaces(self) -> list[Interface]: ...
     async def neighbours(self) -> list[Neighbour]: ...
-    async def route(self, address: Address) -> Route | None: ...
+    async def routes(self, addresses: Collection[Address]) -> Mapping[Address, Route | None]: ...
     async def keep_resolved(self, key: NeighbourKey) -> None: ...
     async def release(self, entry: Neighbour) -> None: ...
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
@@ -67,7 +74,9 @@ class NextHopWatcher:
         on_change: Callable[[Resolution], None],
         on_trouble: Callable[[Address, str], None] = lambda address, reason: None,
         on_link: Callable[[LinkEvent], None] = lambda event: None,
+        look_again_s: float = LOOK_AGAIN_EVERY_S,
     ) -> None:
+        self._look_again_s = look_again_s
         self._kernel = kernel
         self._on_change = on_change
         self._on_trouble = on_trouble
@@ -147,6 +156,8 @@ class NextHopWatcher:
                     self._refresh(address)
             case RouteEvent(network):
                 self._look_up(within(self._sorted[network.version], network))
+            case NextHopEvent():
+                self._look_up(self._addresses)
 
     def _apply_link(self, event: LinkEvent) -> None:
         index = event.interface.index
@@ -191,12 +202,20 @@ class NextHopWatcher:
             await asyncio.sleep(DEBOUNCE_S)
             self._work.clear()
             batch, self._unresolved = self._unresolved, set()
-            for address in batch:
-                route = await self._kernel.route(address)
-                if address in self._addresses:
-                    self._set_route(address, route)
-                    self._refresh(address)
-                    await self._keep_all([route.neighbour_of(address)] if route else [])
+            waiting = iter(batch)
+            while part := tuple(islice(waiting, SLICE)):
+                try:
+                    routes = await self._kernel.routes(part)
+                except (XdplbError, OSError) as error:
+                    log.warning("%s; trying again", error)
+                    await asyncio.sleep(TEND_INTERVAL_S)
+                    self._look_up(self._addresses.intersection((*part, *waiting)))
+                    break
+                for address, route in routes.items():
+                    if address in self._addresses:
+                        self._set_route(address, route)
+                        self._refresh(address)
+                        await self._keep_all([route.neighbour_of(address)] if route else [])
 
     def _set_route(self, address: Address, route: Route | None) -> None:
         before = self._routes.get(address)
@@ -213,11 +232,18 @@ class NextHopWatcher:
         self._routes[address] = route
 
     async def _tend(self) -> None:
-        """Revives entries that were deleted or, by kernels before 5.16, let go; gives back those not used any more."""
+        """Revives entries that were deleted or, by kernels before 5.16, let go; gives back those not used any more.
+        Looks up routes again, a part of them at a time.
+        """
+        doubtful: list[Address] = []
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
             await self._keep_all(tuple(self._users))
             await self._release(tuple(self._unused))
+            doubtful = doubtful or list(self._addresses)
+            part = ceil(len(self._addresses) * TEND_INTERVAL_S / self._look_again_s)
+            self._look_up(self._addresses.intersection(doubtful[:part]))
+            doubtful = doubtful[part:]
 
     async def _keep_all(self, keys: Iterable[NeighbourKey]) -> None:
         for key in keys:

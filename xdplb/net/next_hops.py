@@ -136,7 +136,12 @@ class RouteEvent:
     network: Network
 
 
-Event = LinkEvent | NeighbourEvent | RouteEvent
+@dataclass(frozen=True, slots=True)
+class NextHopEvent:
+    """A next-hop object changed (`ip nexthop`): the routes that name it lead elsewhere, without an event of theirs."""
+
+
+Event = LinkEvent | NeighbourEvent | RouteEvent | NextHopEvent
 
 
 class EventsLostError(Exception):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from xdplb.model import Address
 from xdplb.net.next_hops import (
     Event,
     Interface,
@@ -16,8 +15,8 @@ from xdplb.net.next_hops import (
     Neighbour,
     NeighbourEvent,
     NeighbourKey,
+    NextHopEvent,
     Nud,
-    Route,
     RouteEvent,
 )
 
@@ -26,7 +25,7 @@ ARPHRD_ETHER = 1
 IFF_UP, IFF_LOWER_UP = 0x1, 0x10000
 NTF_EXT_LEARNED = 0x10
 NTF_EXT_MANAGED = 0x1
-RTN_UNICAST, RTN_LOCAL = 1, 2
+RTM_NEWNEXTHOP, RTM_DELNEXTHOP = 104, 105
 EVERYWHERE = {AF_INET: ip_network("0.0.0.0/0"), AF_INET6: ip_network("::/0")}
 
 NEIGHBOUR_PROTOCOL = 177
@@ -65,29 +64,11 @@ def neighbour(message: Any) -> Neighbour | None:
     )
 
 
-def route(message: Any) -> Route | None:
-    """None for routes that lead to no single host: unreachable, blackhole, broadcast, multicast."""
-    if message["type"] not in (RTN_UNICAST, RTN_LOCAL) or message.get("oif") is None:
-        return None
-    gateway = message.get("gateway") or (message.get("via") or {}).get("addr")
-    source = message.get("prefsrc")
-    return Route(
-        ifindex=message.get("oif"),
-        gateway=ip_address(gateway) if gateway else None,
-        source=ip_address(source) if source else None,
-        mtu=message.get(("metrics", "mtu")),
-        local=message["type"] == RTN_LOCAL,
-    )
-
-
-def local_address(message: Any) -> Address:
-    """Of an address message: the host's own address (IFA_ADDRESS is the peer's on point-to-point links)."""
-    return ip_address(message.get("local") or message.get("address"))
-
-
 def event(message: Any) -> Event | None:
     """What a notification is about; None for what we do not follow."""
-    name = message["event"]
+    if message["header"]["type"] in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):
+        return NextHopEvent()
+    name = message.get("event") or ""
     deleted = name.startswith("RTM_DEL")
     match name.removeprefix("RTM_NEW").removeprefix("RTM_DEL"):
         case "LINK" if message["family"] == AF_UNSPEC:  # AF_BRIDGE: a port left its bridge, not this host

@@ -139,8 +139,8 @@ class Kernel:
             for n in range(1, 9)
         ]
 
-    async def route(self, address: Address) -> Route | None:
-        return Route(FRONT.index, None, IPv4Address("10.0.0.254"), None)
+    async def routes(self, addresses: Collection[Address]) -> dict[Address, Route | None]:
+        return {address: Route(FRONT.index, None, IPv4Address("10.0.0.254"), None) for address in addresses}
 
     async def keep_resolved(self, key: NeighbourKey) -> None:
         pass

@@ -1,0 +1,186 @@
+"""What may come in thousands is read from rtnetlink here, at a few microseconds each; and the signal to look again.
+
+Beside pyroute2, which takes a hundred times as long for a message. Functions block: they are for threads, and see the
+network namespace of the thread that calls them. Numbers: include/uapi/linux/{netlink,rtnetlink,if_addr}.h.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import IPv4Address, IPv6Address
+from itertools import islice
+from typing import NamedTuple
+
+from xdplb.errors import XdplbError
+from xdplb.model import Address
+from xdplb.net.next_hops import Route
+
+RTM_GETADDR, RTM_GETROUTE = 22, 26
+NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x01, 0x300, 0x10
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
+RTAX_MTU = 2
+RTN_UNICAST, RTN_LOCAL = 1, 2
+# no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
+NO_ROUTE = {
+    *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN),
+    *(errno.ENODEV, errno.ENETDOWN),
+}
+BUFFER_BYTES = 1 << 18
+BATCH = 64
+"""Questions under way at once: their answers must fit into the receive buffer."""
+ATTEMPTS = 10
+# RTMGRP_LINK, addresses of both families, and RTNLGRP_{IPV4,IPV6}_NETCONF: forwarding, rp_filter
+HOST_GROUPS = 0x1 | 0x10 | 0x100 | 1 << 23 | 1 << 24
+
+_HEADER = struct.Struct("=IHHII")
+_ADDRESS = struct.Struct("=BBBBI")
+_ROUTE = struct.Struct("=BBBBBBBBI")
+_WORD = struct.Struct("=I")
+
+
+def addresses() -> set[Address]:
+    """All addresses of this host, of all its interfaces."""
+    return {address for message in _dump(RTM_GETADDR, _ADDRESS.size) if (address := _local(message)) is not None}
+
+
+def routes(addresses: Collection[Address]) -> dict[Address, Route | None]:
+    """The way a packet from this host to each address would take; None where there is none."""
+    found: dict[Address, Route | None] = {}
+    wanted = iter(addresses)
+    with _socket() as requests:
+        requests.settimeout(5)
+        requests.bind((0, 0))
+        while batch := list(islice(wanted, BATCH)):
+            requests.send(b"".join(_route_request(number, address) for number, address in enumerate(batch)))
+            missing = len(batch)
+            while missing:
+                for message in _messages(memoryview(requests.recv(BUFFER_BYTES))):
+                    missing -= 1
+                    found[batch[message.number]] = _route(batch[message.number], message)
+    return found
+
+
+def _route_request(number: int, address: Address) -> bytes:
+    packed = address.packed
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    body = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
+    body += struct.pack("=HH", 4 + len(packed), RTA_DST) + packed
+    return _HEADER.pack(_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, number, 0) + body
+
+
+def _route(address: Address, message: _Message) -> Route | None:
+    """None for routes that lead to no single host: unreachable, blackhole, broadcast, multicast."""
+    if message.kind == NLMSG_ERROR:
+        if message.error not in NO_ROUTE:
+            raise XdplbError(f"cannot look up the route to {address}: {os.strerror(message.error)}")
+        return None
+    attributes = dict(_attributes(message.body, _ROUTE.size))
+    kind = message.body[7]
+    if kind not in (RTN_UNICAST, RTN_LOCAL) or RTA_OIF not in attributes:
+        return None
+    via = attributes.get(RTA_VIA)
+    mtu = dict(_attributes(attributes.get(RTA_METRICS, memoryview(b"")), 0)).get(RTAX_MTU)
+    return Route(
+        ifindex=_WORD.unpack(attributes[RTA_OIF])[0],
+        gateway=_address(via[2:] if via else attributes.get(RTA_GATEWAY)),
+        source=_address(attributes.get(RTA_PREFSRC)),
+        mtu=_WORD.unpack(mtu)[0] if mtu else None,
+        local=kind == RTN_LOCAL,
+    )
+
+
+@contextmanager
+def host_changes() -> Iterator[AsyncIterator[None]]:
+    """Yields whenever interfaces, addresses or settings of this host have changed; which ones, it does not say."""
+    with _socket(socket.SOCK_NONBLOCK) as subscription:
+        subscription.bind((0, HOST_GROUPS))
+        yield _signals(subscription)
+
+
+async def _signals(subscription: socket.socket) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    while True:
+        with suppress(OSError):  # ENOBUFS: something was lost, so there is something to look at
+            await loop.sock_recv(subscription, BUFFER_BYTES)
+        yield
+
+
+def _local(message: memoryview) -> Address | None:
+    attributes = dict(_attributes(message, _ADDRESS.size))
+    raw = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS)  # IFA_ADDRESS is the peer's on point-to-point links
+    return _address(raw)
+
+
+def _address(raw: memoryview | None) -> Address | None:
+    if raw is None:
+        return None
+    return IPv4Address(bytes(raw)) if len(raw) == 4 else IPv6Address(bytes(raw))
+
+
+def _dump(kind: int, header_size: int) -> list[memoryview]:
+    """The payloads of a whole table, read again where it changed underneath so that entries may be missing."""
+    found: list[memoryview] = []
+    with _socket() as requests:
+        requests.settimeout(5)
+        requests.bind((0, 0))
+        for _ in range(ATTEMPTS):
+            flags = NLM_F_REQUEST | NLM_F_DUMP
+            requests.send(_HEADER.pack(_HEADER.size + header_size, kind, flags, 1, 0) + bytes(header_size))
+            found, interrupted = _answers(requests)
+            if not interrupted:
+                break
+    return found
+
+
+def _answers(requests: socket.socket) -> tuple[list[memoryview], bool]:
+    found: list[memoryview] = []
+    interrupted = False
+    while True:
+        for message in _messages(memoryview(requests.recv(BUFFER_BYTES))):
+            interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
+            if message.kind == NLMSG_DONE:
+                return found, interrupted
+            if message.kind == NLMSG_ERROR:
+                raise XdplbError(f"the kernel's tables cannot be read: {os.strerror(message.error)}")
+            found.append(message.body)
+
+
+class _Message(NamedTuple):
+    kind: int
+    flags: int
+    number: int
+    body: memoryview
+
+    @property
+    def error(self) -> int:
+        """The errno of an NLMSG_ERROR."""
+        return -int(struct.unpack_from("=i", self.body)[0])
+
+
+def _messages(data: memoryview) -> Iterator[_Message]:
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, flags, number, _ = _HEADER.unpack_from(data, offset)
+        yield _Message(kind, flags, number, data[offset + _HEADER.size : offset + length])
+        offset += (length + 3) & ~3
+
+
+def _attributes(message: memoryview, offset: int) -> Iterator[tuple[int, memoryview]]:
+    while offset + 4 <= len(message):
+        length, kind = struct.unpack_from("=HH", message, offset)
+        if length < 4:
+            return
+        yield kind & 0x3FFF, message[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _socket(flags: int = 0) -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | flags, socket.NETLINK_ROUTE)
