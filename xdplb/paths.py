@@ -56,6 +56,11 @@ class Instance:
         return self.runtime / "manifest.json"
 
     @property
+    def ledger(self) -> Path:
+        """What was changed on this host."""
+        return self.runtime / "host.json"
+
+    @property
     def lock(self) -> Path:
         return self.runtime / "lock"
 
@@ -71,7 +76,7 @@ class Instance:
     @property
     def exists(self) -> bool:
         """A daemon runs, or left its packet path behind."""
-        return self.control.exists() or self.manifest.exists()
+        return self.control.exists() or self.manifest.exists() or self.ledger.exists()
 
 
 def instances() -> list[Instance]:

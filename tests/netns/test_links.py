@@ -313,7 +313,8 @@ def test_sysctls_come_back(lab: Lab) -> None:
         assert sysctls.set(path, "0") and sysctls.set(path, "1")
         assert sysctls.set(other, "2" if sysctls.get(other) != "2" else "1")
         assert sysctls.get(path) == "1"
-        sysctls.restore()
+        sysctls.put_back(path, "0")
+        sysctls.put_back("net/ipv4/conf/gone/forwarding", "0")
         assert sysctls.get(path) == before == "0"
         with pytest.raises(NotCapable, match="no setting net/ipv4/nonsense"):
             sysctls.set("net/ipv4/nonsense", "1")

@@ -1,96 +1,233 @@
-"""What `xdplb up` changes about its host, beside the maps; `down` undoes all of it.
+"""What xdplb wants of its host, beside the maps: kept so while it runs, undone at the end.
 
-    programs    on each interface that was named                                            attachments.py
+    interfaces  each that was named, wherever it went                                       ports.py
+    programs    on each of them                                                             attachments.py
     addresses   of services and of the source pool, where the host does not have them       addresses.py
     settings    nat, full-nat: forwarding, accept_local, rp_filter; generic mode: GRO, LRO  kernel_settings.py
     neighbours  entries of backends, kept resolved                                          net/next_hop_watcher.py
     files       pins on bpffs, the instance's directory below /run                          paths.py
 
-Every change is noted in the manifest before it is made, so that `undo` finds all of them after a kill as well.
+Every change is noted in the ledger before it is made, so that `undo` finds all of them after a kill as well.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from xdplb.daemon import kernel_settings
+from xdplb.daemon import kernel_settings, ledger
 from xdplb.daemon.addresses import Addresses
+from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.attachments import Attachments, detach_all, own_programs
 from xdplb.daemon.kernel_settings import KernelSettings
+from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
-from xdplb.dataplane import loader, manifest
-from xdplb.dataplane.manifest import Manifest
+from xdplb.daemon.ports import Ports
+from xdplb.daemon.upkeep import Difference, Patience
+from xdplb.dataplane import loader
 from xdplb.errors import XdplbError
-from xdplb.model import AttachMode, Config
+from xdplb.model import AttachMode, Config, HostUpkeep
 from xdplb.net.next_hops import Interface
+from xdplb.net.sysctl import Sysctls
 from xdplb.paths import Instance
 
 log = logging.getLogger(__name__)
 
+DEBOUNCE_S = 0.05
+LOOK_AT_MOST_EVERY_S = 0.2
+
 
 class Host:
-    """The host of one instance. `interfaces[0]` faces the clients and carries the service addresses."""
+    """The host of one instance. The first interface faces the clients and carries the service addresses.
 
-    def __init__(self, network: Network, instance: Instance, interfaces: Sequence[Interface], notes: Manifest) -> None:
-        self._interfaces = interfaces
-        self._programs = Attachments(network, instance, interfaces, notes)
-        self._addresses = Addresses(network, instance, interfaces, notes)
-        self._settings = KernelSettings(instance, interfaces, notes)
+    Level-triggered: `reconcile` compares what is wanted with what is, whatever happened in between. What differs is
+    mended, or an alarm until it is gone.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        instance: Instance,
+        interfaces: Sequence[Interface],
+        alarms: Alarms,
+        *,
+        sysctls: Sysctls | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises XdplbError where what an earlier run noted cannot be read."""
+        self._network = network
+        self._instance = instance
+        self._alarms = alarms
+        self._ledger = ledger.load(instance)
+        self._ledger.namespace = ledger.this_namespace()
+        self._ports = Ports(network, interfaces, self._ledger)
+        self._programs = Attachments(network, instance, self._ports, self._ledger)
+        self._addresses = Addresses(network, self._ports, self._ledger, alarms)
+        self._settings = KernelSettings(self._ports, self._ledger, sysctls or Sysctls())
+        self._patience = Patience(clock)
+        self._config: Config | None = None
+        self._raised: set[tuple[str, str]] = set()
+        self._waiting: list[tuple[str, str]] = []
+        self._changing = asyncio.Lock()
+        self._look = asyncio.Event()
+
+    @property
+    def interfaces(self) -> Sequence[Interface]:
+        """As they are now, in the order in which they were named."""
+        return self._ports.all
 
     async def refuse_foreign(self, replace: bool) -> None:
         """Raises ForeignProgram where an interface runs somebody else's program, unless that may be replaced."""
         await self._programs.refuse_foreign(replace)
 
-    def prepare(self, config: Config) -> None:
+    async def prepare(self, config: Config) -> None:
         """Makes the settings that `config` needs."""
-        self._settings.prepare(config)
+        async with self._changing:
+            await self._ports.look()
+            self._ledger.know(self._ports.all)
+            await self._settings.prepare(config)
 
     async def attach(self, program: int, mode: AttachMode, replace: bool) -> None:
         """Attaches to all interfaces; where one refuses, the others get back what they had."""
-        done = await self._programs.attach(program, mode, replace)
-        for interface in self._interfaces:
-            attachment = done[interface.name]
-            if attachment.mode is AttachMode.GENERIC:
-                self._settings.stop_aggregation(interface)
-            why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
-            log.info("%s: attached in %s mode%s", interface.name, attachment.mode, why)
+        async with self._changing:
+            await self._ports.look()
+            done = await self._programs.attach(program, mode, replace)
+            for interface in self._ports.present:
+                attachment = done[interface.name]
+                if attachment.mode is AttachMode.GENERIC:
+                    self._settings.stop_aggregation(interface)
+                why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
+                log.info("%s: attached in %s mode%s", interface.name, attachment.mode, why)
 
     async def add_addresses(self, config: Config) -> None:
         """Gives this host the addresses that `config` needs and it lacks. XdplbError where one is refused."""
-        await self._addresses.add(config)
+        async with self._changing:
+            self._ledger.absorb(self._instance)
+            await self._addresses.add(config)
 
     async def release(self, config: Config) -> None:
-        """Takes back what `config` does not need. What cannot be taken back is said in the log, and left to `down`."""
-        try:
-            await self._addresses.remove(config)
-        except XdplbError as error:
-            log.warning("%s", error.message)
+        """Takes back what `config` does not need, and keeps the host as `config` needs it from now on.
+
+        What cannot be taken back is said in the log, and left to `down`.
+        """
+        async with self._changing:
+            self._config = config
+            try:
+                await self._addresses.remove(config)
+            except XdplbError as error:
+                log.warning("%s", error.message)
+        self.look_soon()
 
     async def leave_other_interfaces(self) -> None:
         """Takes our programs off interfaces that an earlier run had and this one does not."""
         for line in await self._programs.leave_other_interfaces():
             log.info("%s", line)
 
+    def look_soon(self) -> None:
+        """Something may have changed."""
+        self._look.set()
 
-async def undo(network: Network, instance: Instance) -> list[str]:
+    async def run(self) -> None:
+        """Keeps the host as it should be, until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen())
+                tasks.create_task(self._keep())
+        finally:
+            self._addresses.close()
+            self._programs.close()
+
+    async def _listen(self) -> None:
+        with self._network.host_changes() as changes:
+            async for _ in changes:
+                self._look.set()
+
+    async def _keep(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._next_look_s()):
+                    await self._look.wait()
+            await asyncio.sleep(DEBOUNCE_S)
+            self._look.clear()
+            try:
+                await self.reconcile()
+            except (XdplbError, OSError) as error:
+                fix = getattr(error, "hint", "")
+                self._alarms.raise_("host-unknown", f"this host could not be looked at: {error}", fix)
+            else:
+                self._alarms.clear("host-unknown")
+            await asyncio.sleep(LOOK_AT_MOST_EVERY_S)
+
+    def _next_look_s(self) -> float:
+        upkeep = self._config.host if self._config else HostUpkeep()
+        waiting = self._patience.next_s(self._waiting)
+        return upkeep.interval_s if waiting is None else min(upkeep.interval_s, waiting)
+
+    async def reconcile(self) -> None:
+        """Looks at all, and mends what differs. Cheap where nothing does."""
+        async with self._changing:
+            config = self._config
+            if config is None:
+                return
+            self._ledger.absorb(self._instance)
+            found = await self._ports.look()
+            found += self._programs.differences()
+            found += self._settings.aggregating()
+            found += await self._settings.differences(config)
+            found += await self._addresses.differences(config)
+            self._addresses.announce_again(config)
+            told = [difference for difference in found if not await self._mended(difference)]
+            self._tell(told)
+            await self._addresses.look_at_owners(config)
+
+    async def _mended(self, difference: Difference) -> bool:
+        if difference.mend is None or self._patience.wait_s(difference.key):
+            return False
+        self._patience.tried(difference.key)
+        try:
+            await difference.mend()
+        except (XdplbError, OSError) as error:
+            log.debug("%s: %s", difference.about, error)
+            return False
+        log.warning("%s", difference.mended)
+        return True
+
+    def _tell(self, differences: list[Difference]) -> None:
+        """Alarms for these, and for what flaps; the others are over."""
+        self._waiting = [difference.key for difference in differences if difference.mend is not None]
+        flapping = self._patience.flapping()
+        now = set()
+        for difference in differences:
+            often = flapping.get(difference.key)
+            text = difference.text + (f" (mended {often} times within a minute)" if often else "")
+            self._alarms.raise_(difference.alarm, text, difference.fix, difference.about)
+            now.add(difference.key)
+        now |= self._raised & flapping.keys()
+        for key in self._raised - now:
+            self._alarms.clear(*key)
+        self._raised = now
+
+
+async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = None) -> list[str]:
     """Removes whatever an instance left on this host. Idempotent; returns what was done, a line each."""
-    try:
-        notes = manifest.load(instance.manifest)
-    except XdplbError as error:
-        log.warning("%s", error.message)
-        notes = None
+    notes = _noted(instance)
+    interfaces = await network.interfaces()
+    notes.brought_up_to(interfaces)
     ours = own_programs(instance, notes)
     done = await detach_all(network, ours, set())
-    if notes is not None:
-        done += [f"removed {address} from {name}" for name, address in notes.addresses]
-        await Addresses(network, instance, [], notes).remove(None)
-        kernel_settings.restore(instance, notes)
-    for neighbour in await network.neighbours():
-        if neighbour.ours and ours:
-            await network.release(neighbour)
+    notes.absorb(instance)
+    done += notes.bequeath(instance)
+    done += [f"removed {address} from {name}" for name, address in notes.addresses]
+    await Addresses(network, Ports(network, [], notes), notes, Alarms()).remove(None)
+    kernel_settings.restore(notes, sysctls or Sysctls())
+    if ours and not ledger.others(instance, notes.namespace):  # the last one gives back what all of them kept
+        for neighbour in await network.neighbours():
+            if neighbour.ours:
+                await network.release(neighbour)
     if instance.pins.exists():
         done.append(f"removed the maps pinned in {instance.pins}")
     loader.remove_pins(instance.pins)
@@ -99,3 +236,11 @@ async def undo(network: Network, instance: Instance) -> list[str]:
         with suppress(OSError):
             parent.rmdir()
     return done
+
+
+def _noted(instance: Instance) -> Ledger:
+    try:
+        return ledger.load(instance)
+    except XdplbError as error:
+        log.warning("%s", error.message)
+        return Ledger(instance.ledger)

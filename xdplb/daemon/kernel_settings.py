@@ -1,113 +1,153 @@
-"""Kernel settings that a configuration needs: set with what was there before noted, and put back."""
+"""Kernel settings that a configuration needs: set with what was there before noted, kept so, and put back."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 
-from xdplb.dataplane.manifest import Manifest
+from xdplb.daemon.ledger import Ledger
+from xdplb.daemon.ports import Ports
+from xdplb.daemon.upkeep import Difference, together
 from xdplb.errors import XdplbError
-from xdplb.model import Config
+from xdplb.model import AttachMode, Config, Upkeep
+from xdplb.net import offloads
 from xdplb.net.next_hops import Interface
-from xdplb.net.offloads import disable_receive_aggregation, restore_receive_aggregation
 from xdplb.net.sysctl import Sysctls
-from xdplb.paths import Instance, instances
 
 log = logging.getLogger(__name__)
 
 _LOOSE_REVERSE_PATH = "2"
-_INHERITED = "inherited_sysctls.json"
-"""What settings of the whole host were before another instance, gone by now, changed them."""
+_EVERYWHERE = "net/ipv6/conf/all/forwarding"
 
 
 class KernelSettings:
-    """Every change is noted in the manifest before it is made."""
+    """Every change is noted in the ledger before it is made. NAT has the kernel route what XDP cannot send itself."""
 
-    def __init__(self, instance: Instance, interfaces: Sequence[Interface], notes: Manifest) -> None:
-        self._instance = instance
-        self._interfaces = interfaces
-        self._notes = notes
-        self._sysctls = Sysctls()
+    def __init__(self, ports: Ports, ledger: Ledger, sysctls: Sysctls) -> None:
+        self._ports = ports
+        self._ledger = ledger
+        self._sysctls = sysctls
 
-    def prepare(self, config: Config) -> None:
-        """Kernel settings that the configuration needs: NAT has the kernel route what XDP cannot send itself."""
-        for version in (4, 6):
-            nat = any(s.forward.translates and s.listen.address.version == version for s in config.services)
-            if nat:
-                (self._prepare_ipv4 if version == 4 else self._prepare_ipv6)()
+    async def prepare(self, config: Config) -> None:
+        """Makes the settings that `config` needs."""
+        if config.host.settings is Upkeep.MEND:
+            await asyncio.to_thread(self._prepare, config)
 
-    def _prepare_ipv4(self) -> None:
-        for interface in self._interfaces:
-            base = f"net/ipv4/conf/{interface.name}"
-            self._set(f"{base}/forwarding", "1")
-            self._set(f"{base}/accept_local", "1")
-            strict = "1" in (self._sysctls.get("net/ipv4/conf/all/rp_filter"), self._sysctls.get(f"{base}/rp_filter"))
-            if strict:
-                self._set(f"{base}/rp_filter", _LOOSE_REVERSE_PATH)
+    def _prepare(self, config: Config) -> None:
+        for path, value, _ in self._wrong(config):
+            self._set(path, value)
+            log.info("set %s=%s, for nat", path.replace("/", "."), value)
 
-    def _prepare_ipv6(self) -> None:
-        everywhere = "net/ipv6/conf/all/forwarding"
-        if self._sysctls.get(everywhere) != "1":
-            self._keep_what_forwarding_everywhere_changes()
-            self._set(everywhere, "1")
-        for interface in self._interfaces:
-            self._set(f"net/ipv6/conf/{interface.name}/forwarding", "1")
+    async def differences(self, config: Config) -> list[Difference]:
+        mending = config.host.settings is Upkeep.MEND
+        wrong = await asyncio.to_thread(lambda: list(self._wrong(config)))
+        found = [
+            Difference(
+                "setting-changed",
+                path.replace("/", "."),
+                f"{path.replace('/', '.')} is {now}, and nat needs {value}",
+                f"sysctl -w {path.replace('/', '.')}={value}",
+                partial(asyncio.to_thread, self._set, path, value) if mending else None,
+                f"{path.replace('/', '.')} was {now}: set to {value} again",
+            )
+            for path, value, now in wrong
+        ]
+        return together(found, "", "settings are not as nat needs them")
 
-    def _keep_what_forwarding_everywhere_changes(self) -> None:
-        for directory in sorted(Path("/proc/sys/net/ipv6/conf").iterdir()):
-            base = f"net/ipv6/conf/{directory.name}"
-            if directory.name == "all":
-                continue
-            if self._sysctls.get(f"{base}/forwarding") == "1":
-                self._notes.sysctls.setdefault(f"{base}/forwarding", "1")  # to be put back after `all` was
-            if directory.name != "default" and self._sysctls.get(f"{base}/accept_ra") == "1":
-                self._set(f"{base}/accept_ra", "2")  # or a forwarding host would lose its own default route
+    def _wrong(self, config: Config) -> Iterator[tuple[str, str, str]]:
+        """(path, what it should be, what it is), in the order in which they are to be set."""
+        for path, value in self._wanted(config):
+            now = self._sysctls.get(path)
+            if now != value:
+                yield path, value, now
+
+    def _wanted(self, config: Config) -> Iterator[tuple[str, str]]:
+        versions = {s.listen.address.version for s in config.services if s.forward.translates}
+        if 4 in versions:
+            for interface in self._ports.present:
+                yield from self._wanted_ipv4(f"net/ipv4/conf/{interface.name}")
+        if 6 in versions:
+            yield from self._wanted_ipv6()
+
+    def _wanted_ipv4(self, base: str) -> Iterator[tuple[str, str]]:
+        yield f"{base}/forwarding", "1"
+        yield f"{base}/accept_local", "1"
+        if "1" in (self._sysctls.get("net/ipv4/conf/all/rp_filter"), self._sysctls.get(f"{base}/rp_filter")):
+            yield f"{base}/rp_filter", _LOOSE_REVERSE_PATH
+
+    def _wanted_ipv6(self) -> Iterator[tuple[str, str]]:
+        if self._sysctls.get(_EVERYWHERE) != "1" or _EVERYWHERE in self._ledger.sysctls:
+            # or a forwarding host would lose its own default route
+            for name in self._sysctls.children("net/ipv6/conf"):
+                path = f"net/ipv6/conf/{name}/accept_ra"
+                if name not in ("all", "default") and self._sysctls.get(path) == "1":
+                    yield path, "2"
+        yield _EVERYWHERE, "1"
+        for interface in self._ports.present:
+            yield f"net/ipv6/conf/{interface.name}/forwarding", "1"
 
     def _set(self, path: str, value: str) -> None:
         before = self._sysctls.get(path)
-        if before != value:
-            self._notes.sysctls.setdefault(path, before)
-            self._save()
-            self._sysctls.set(path, value)
-            log.info("set %s=%s, for nat", path.replace("/", "."), value)
+        if before == value:
+            return
+        if path == _EVERYWHERE:
+            self._note_what_forwarding_everywhere_changes()
+        self._ledger.sysctls.setdefault(path, before)
+        self._ledger.save()
+        self._sysctls.set(path, value)
+
+    def _note_what_forwarding_everywhere_changes(self) -> None:
+        """To be put back after `all` was, which sets each of them to its own value."""
+        for name in self._sysctls.children("net/ipv6/conf"):
+            path = f"net/ipv6/conf/{name}/forwarding"
+            if name != "all" and self._sysctls.get(path) == "1":
+                self._ledger.sysctls.setdefault(path, "1")
+
+    def aggregating(self) -> list[Difference]:
+        """Where GRO or LRO are on although XDP runs in generic mode."""
+        found = []
+        for interface in self._ports.present:
+            attached = self._ports.programs[interface.index]
+            if attached is None or attached.mode is not AttachMode.GENERIC:
+                continue
+            on = offloads.receive_aggregation(interface.name)
+            if on:
+                found.append(
+                    Difference(
+                        "aggregation-on",
+                        interface.name,
+                        f"{interface.name} merges packets ({', '.join(sorted(on))}), which XDP sees in generic mode",
+                        f"ethtool -K {interface.name} " + " ".join(f"{name} off" for name in sorted(on)),
+                        partial(self._stop_aggregation, interface),
+                        f"{interface.name} merged packets again: turned {', '.join(sorted(on))} off",
+                    )
+                )
+        return found
+
+    async def _stop_aggregation(self, interface: Interface) -> None:
+        self.stop_aggregation(interface)
 
     def stop_aggregation(self, interface: Interface) -> None:
         """GRO and LRO off, for generic mode."""
-        changed = disable_receive_aggregation(interface.name)
-        if changed:
-            self._notes.aggregation[interface.name] = sorted(
-                {*changed, *self._notes.aggregation.get(interface.name, ())}
-            )
-            self._save()
-            log.info(
-                "%s: turned %s off: in generic mode XDP would see merged packets", interface.name, ", ".join(changed)
-            )
-
-    def _save(self) -> None:
-        self._notes.save(self._instance.manifest)
+        on = offloads.receive_aggregation(interface.name)
+        if on:
+            noted = self._ledger.aggregation.get(interface.name, ())
+            self._ledger.aggregation[interface.name] = sorted({*on, *noted})
+            self._ledger.save()
+            offloads.disable_receive_aggregation(interface.name)
+            log.info("%s: turned %s off: in generic mode XDP would see merged packets", interface.name, ", ".join(on))
 
 
-def restore(instance: Instance, notes: Manifest) -> None:
-    """Puts back what we changed. While another instance runs, it inherits this duty for settings of the whole host."""
-    before = {**notes.sysctls, **_inherited(instance)}
-    heir = next((other for other in instances() if other != instance and other.manifest.exists()), None)
-    if heir is not None:
-        shared = {path: value for path, value in before.items() if path.split("/")[3] not in notes.interfaces}
-        before = {path: value for path, value in before.items() if path not in shared}
-        (heir.runtime / _INHERITED).write_text(json.dumps({**_inherited(heir), **shared}), encoding="utf-8")
-    sysctls = Sysctls()
-    sysctls.adopt(before)
-    sysctls.restore()
-    for name, changed in notes.aggregation.items():
+def restore(ledger: Ledger, sysctls: Sysctls) -> None:
+    """Puts back what we changed, last first. What cannot be put back is told, and does not hold up the rest."""
+    for path, before in reversed(ledger.sysctls.items()):
+        try:
+            sysctls.put_back(path, before)
+        except OSError as error:
+            log.warning("%s is not what it was before, %s: %s", path.replace("/", "."), before, error.strerror)
+    for name, changed in ledger.aggregation.items():
         with suppress(XdplbError, OSError):
-            restore_receive_aggregation(name, changed)
-
-
-def _inherited(instance: Instance) -> dict[str, str]:
-    try:
-        return dict(json.loads((instance.runtime / _INHERITED).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+            offloads.restore_receive_aggregation(name, changed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from xdplb.model import Address, AttachMode
-from xdplb.net.links import Attached, Attachment
+from xdplb.net.links import Attached, Attachment, Observed
 from xdplb.net.next_hop_watcher import Kernel
 from xdplb.net.next_hops import Interface
 
@@ -15,6 +16,7 @@ class Network(Kernel, Protocol):
     """What is asked of `net.links.Links`, where each method is documented; a test may bring another network."""
 
     async def interface(self, name: str) -> Interface: ...
+    async def observe(self, index: int) -> Observed | None: ...
     async def attached(self, index: int) -> Attached | None: ...
     async def attach(
         self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO, expected_fd: int | None = None
@@ -24,3 +26,6 @@ class Network(Kernel, Protocol):
     async def addresses(self) -> set[Address]: ...
     async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool: ...
     async def remove_address(self, index: int, address: Address) -> bool: ...
+    async def announce(self, interface: Interface, addresses: Iterable[Address]) -> None: ...
+    async def owners(self, interface: Interface, addresses: Collection[Address]) -> dict[Address, bytes]: ...
+    def host_changes(self) -> AbstractContextManager[AsyncIterator[None]]: ...

@@ -19,14 +19,16 @@ from typing import NamedTuple
 
 from xdplb.errors import XdplbError
 from xdplb.model import Address
-from xdplb.net.next_hops import Route
+from xdplb.net import rtnl
+from xdplb.net.next_hops import Neighbour, NeighbourKey, Nud, Route
 
-RTM_GETADDR, RTM_GETROUTE = 22, 26
+RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 22, 26, 30
 NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x01, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
 RTAX_MTU = 2
+NDA_DST, NDA_LLADDR, NDA_PROTOCOL, NDA_FLAGS_EXT = 1, 2, 12, 15
 RTN_UNICAST, RTN_LOCAL = 1, 2
 # no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
 NO_ROUTE = {
@@ -44,6 +46,7 @@ _HEADER = struct.Struct("=IHHII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _WORD = struct.Struct("=I")
+_NEIGHBOUR = struct.Struct("=BBHiHBB")
 
 
 def addresses() -> set[Address]:
@@ -94,6 +97,30 @@ def _route(address: Address, message: _Message) -> Route | None:
         source=_address(attributes.get(RTA_PREFSRC)),
         mtu=_WORD.unpack(mtu)[0] if mtu else None,
         local=kind == RTN_LOCAL,
+    )
+
+
+def neighbours() -> list[Neighbour]:
+    """The whole table, without what is not about IP addresses (bridge forwarding tables, proxies)."""
+    entries = (_neighbour(message) for message in _dump(RTM_GETNEIGH, _NEIGHBOUR.size))
+    return [entry for entry in entries if entry is not None]
+
+
+def _neighbour(message: memoryview) -> Neighbour | None:
+    family, _, _, ifindex, state, flags, _ = _NEIGHBOUR.unpack_from(message)
+    attributes = dict(_attributes(message, _NEIGHBOUR.size))
+    address = _address(attributes.get(NDA_DST)) if family in (socket.AF_INET, socket.AF_INET6) else None
+    if address is None:
+        return None
+    mac = bytes(attributes.get(NDA_LLADDR, b""))
+    protocol, more = attributes.get(NDA_PROTOCOL), attributes.get(NDA_FLAGS_EXT)
+    return Neighbour(
+        key=NeighbourKey(ifindex, address),
+        state=Nud(state),
+        mac=mac if len(mac) == 6 else None,
+        managed=bool(more and _WORD.unpack(more)[0] & rtnl.NTF_EXT_MANAGED),
+        ours=bool(protocol and protocol[0] == rtnl.NEIGHBOUR_PROTOCOL),
+        fixed=bool(state & (Nud.PERMANENT | Nud.NOARP) or flags & rtnl.NTF_EXT_LEARNED),
     )
 
 

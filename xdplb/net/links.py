@@ -213,8 +213,7 @@ class Links:
         return await asyncio.to_thread(bulk.routes, addresses)
 
     async def neighbours(self) -> list[Neighbour]:
-        entries = (rtnl.neighbour(message) for message in await self._dump("neigh"))
-        return [entry for entry in entries if entry is not None]
+        return await asyncio.to_thread(bulk.neighbours)
 
     async def keep_resolved(self, key: NeighbourKey) -> None:
         """Has the neighbour resolved now, and kept so by kernels from 5.16 on (NTF_EXT_MANAGED; older ones ignore it).

@@ -89,6 +89,7 @@ class NextHopWatcher:
         self._users: dict[NeighbourKey, set[Address]] = {}
         self._records: dict[Address, Resolution] = {}
         self._unused: set[NeighbourKey] = set()
+        self._told: set[NeighbourKey] = set()
         self._unresolved: set[Address] = set()
         self._work = asyncio.Event()
         self._complaint = ""
@@ -148,6 +149,7 @@ class NextHopWatcher:
             case LinkEvent():
                 self._apply_link(event)
             case NeighbourEvent(neighbour, deleted):
+                self._told.add(neighbour.key)
                 if deleted:
                     self._neighbours.pop(neighbour.key, None)
                 else:
@@ -233,9 +235,10 @@ class NextHopWatcher:
 
     async def _tend(self) -> None:
         """Revives entries that were deleted or, by kernels before 5.16, let go; gives back those not used any more.
-        Looks up routes again, a part of them at a time.
+        Looks up routes again, a part of them at a time, and at the whole table, whose marks change without an event.
         """
         doubtful: list[Address] = []
+        latest = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
             await self._keep_all(tuple(self._users))
@@ -244,6 +247,27 @@ class NextHopWatcher:
             part = ceil(len(self._addresses) * TEND_INTERVAL_S / self._look_again_s)
             self._look_up(self._addresses.intersection(doubtful[:part]))
             doubtful = doubtful[part:]
+            if asyncio.get_running_loop().time() - latest >= self._look_again_s:
+                latest = asyncio.get_running_loop().time()
+                await self._read_neighbours()
+
+    async def _read_neighbours(self) -> None:
+        """But for those of which an event told meanwhile, which is newer."""
+        self._told.clear()
+        try:
+            table = {entry.key: entry for entry in await self._kernel.neighbours()}
+        except (XdplbError, OSError) as error:
+            log.warning("the neighbours could not be read again: %s", error)
+            return
+        for key in tuple(self._users.keys() - self._told):
+            before, now = self._neighbours.get(key), table.get(key)
+            if now is None:
+                self._neighbours.pop(key, None)
+            else:
+                self._neighbours[key] = now
+            if before != now:
+                for address in tuple(self._users[key]):
+                    self._refresh(address)
 
     async def _keep_all(self, keys: Iterable[NeighbourKey]) -> None:
         for key in keys:

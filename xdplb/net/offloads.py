@@ -21,17 +21,20 @@ ETHTOOL_GGRO, ETHTOOL_SGRO = 0x2B, 0x2C
 ETH_FLAG_LRO = 1 << 15
 
 
+def receive_aggregation(ifname: str) -> frozenset[str]:
+    """Those of "gro", "lro" that are on."""
+    lro = (_ethtool(ifname, ETHTOOL_GFLAGS) or 0) & ETH_FLAG_LRO
+    return frozenset(name for name, on in (("gro", _ethtool(ifname, ETHTOOL_GGRO)), ("lro", lro)) if on)
+
+
 def disable_receive_aggregation(ifname: str) -> frozenset[str]:
-    """Turns GRO and LRO off. Returns those of "gro", "lro" that were on, for `restore_receive_aggregation`."""
-    changed = set()
-    if _ethtool(ifname, ETHTOOL_GGRO):
+    """Turns GRO and LRO off. Returns those that were on, for `restore_receive_aggregation`."""
+    changed = receive_aggregation(ifname)
+    if "gro" in changed:
         _ethtool(ifname, ETHTOOL_SGRO, 0)
-        changed.add("gro")
-    flags = _ethtool(ifname, ETHTOOL_GFLAGS) or 0
-    if flags & ETH_FLAG_LRO:
-        _ethtool(ifname, ETHTOOL_SFLAGS, flags & ~ETH_FLAG_LRO)
-        changed.add("lro")
-    return frozenset(changed)
+    if "lro" in changed:
+        _ethtool(ifname, ETHTOOL_SFLAGS, (_ethtool(ifname, ETHTOOL_GFLAGS) or 0) & ~ETH_FLAG_LRO)
+    return changed
 
 
 def restore_receive_aggregation(ifname: str, changed: Iterable[str]) -> None:

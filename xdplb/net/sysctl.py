@@ -1,4 +1,4 @@
-"""Kernel settings under /proc/sys/net, changed for as long as they are needed and put back afterwards."""
+"""Kernel settings under /proc/sys/net."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ ROOT = Path("/proc/sys")
 
 
 class Sysctls:
-    """Settings changed through one object, which remembers what they were.
+    """Settings of the kernel.
 
     Paths are written with slashes, `net/ipv4/conf/eth0.100/forwarding`, because interface names hold dots. They belong
     to the network namespace of the calling thread.
     """
 
-    def __init__(self) -> None:
-        self._before: dict[str, str] = {}
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root = root
+
+    def children(self, path: str) -> list[str]:
+        """The names below a directory of settings; none where there is no such directory."""
+        try:
+            return sorted(entry.name for entry in (self._root / path).iterdir())
+        except FileNotFoundError:
+            return []
 
     def get(self, path: str) -> str:
         """The value, without the newline. Raises NotCapable where this kernel has no such setting."""
         try:
-            return (ROOT / path).read_text().strip()
+            return (self._root / path).read_text().strip()
         except FileNotFoundError as error:
-            raise NotCapable(f"this kernel has no setting {path}", f"look: ls {(ROOT / path).parent}") from error
+            raise NotCapable(f"this kernel has no setting {path}", f"look: ls {(self._root / path).parent}") from error
 
     def set(self, path: str, value: str) -> bool:
         """Returns False where the value is in force already. Raises NotPrivileged, NotCapable (no such setting)."""
@@ -32,29 +39,17 @@ class Sysctls:
         if before == value:
             return False
         try:
-            (ROOT / path).write_text(value)
+            (self._root / path).write_text(value)
         except PermissionError as error:
             raise NotPrivileged(f"no permission to set {path}={value}", "run as root") from error
         except OSError as error:
             raise NotCapable(
                 f"cannot set {path}={value}: {error.strerror}", f"try: sysctl -w {path}={value}"
             ) from error
-        self._before.setdefault(path, before)
         return True
 
-    @property
-    def before(self) -> dict[str, str]:
-        """What the changed settings were, for whoever has to restore them after this process."""
-        return dict(self._before)
-
-    def adopt(self, before: dict[str, str]) -> None:
-        """Takes over the changes of an earlier process: `restore` puts them back as well."""
-        self._before = {**self._before, **before}
-
-    def restore(self) -> None:
-        """Puts back what `set` changed, last first. Settings that went away with their interface are passed over."""
-        while self._before:
-            path, before = self._before.popitem()
-            target = ROOT / path
-            if target.exists():
-                target.write_text(before)
+    def put_back(self, path: str, before: str) -> None:
+        """Passes over a setting that went away with its interface. Raises OSError."""
+        target = self._root / path
+        if target.exists():
+            target.write_text(before)

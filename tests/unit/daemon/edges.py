@@ -5,8 +5,8 @@ done to them, in one list where a test wants the order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -22,7 +22,7 @@ from xdplb.daemon.engine import Engine, Retired
 from xdplb.errors import NotCapable
 from xdplb.model import Address, AttachMode, Backend, Check, CheckType, Config, Forward, Listen, Protocol, Scheduler
 from xdplb.model import Service as ServiceConfig
-from xdplb.net.links import Attached, Attachment
+from xdplb.net.links import Attached, Attachment, Observed
 from xdplb.net.next_hops import Event, Interface, Neighbour, NeighbourKey, Nud, Route
 
 KEY = HashKey.derive("daemon tests")
@@ -117,21 +117,49 @@ def engine(plane: Plane, configured: Config, statuses: Statuses, writing: Writin
 
 
 class Kernel:
-    """One interface, eth0, behind which every address answers at once."""
+    """One interface, eth0, behind which every address answers at once. A test may change what is there; `changed`
+    then says that something is new.
+    """
 
     def __init__(self, log: list[str] | None = None, addresses: Collection[Address] = ()) -> None:
         self.log = [] if log is None else log
         self.present = set(addresses)
-        self.attached_id: int | None = None
+        self.links = [FRONT]
+        self.programs: dict[int, Attached] = {}
+        self.elsewhere: dict[Address, bytes] = {}
         self.refuses: Mapping[str, Exception] = {}
+        self.changed = asyncio.Event()
 
     async def interfaces(self) -> list[Interface]:
-        return [FRONT]
+        return list(self.links)
 
     async def interface(self, name: str) -> Interface:
-        if name != FRONT.name:
-            raise NotCapable(f"no interface is named '{name}'")
-        return FRONT
+        for interface in self.links:
+            if name == interface.name:
+                return interface
+        raise NotCapable(f"no interface is named '{name}'")
+
+    async def observe(self, index: int) -> Observed | None:
+        for interface in self.links:
+            if index == interface.index:
+                return Observed(interface, self.programs.get(index))
+        return None
+
+    @contextmanager
+    def host_changes(self) -> Iterator[AsyncIterator[None]]:
+        async def changes() -> AsyncIterator[None]:
+            while True:
+                await self.changed.wait()
+                self.changed.clear()
+                yield
+
+        yield changes()
+
+    async def announce(self, interface: Interface, addresses: Iterable[Address]) -> None:
+        self.log += [f"announce {address} on {interface.name}" for address in addresses]
+
+    async def owners(self, interface: Interface, addresses: Collection[Address]) -> dict[Address, bytes]:
+        return {address: self.elsewhere[address] for address in addresses if address in self.elsewhere}
 
     async def neighbours(self) -> list[Neighbour]:
         return [
@@ -157,18 +185,24 @@ class Kernel:
         yield nothing()
 
     async def attached(self, index: int) -> Attached | None:
-        return None if self.attached_id is None else Attached(self.attached_id, AttachMode.NATIVE)
+        return self.programs.get(index)
 
     async def attach(
         self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO, expected_fd: int | None = None
     ) -> Attachment:
-        return Attachment(AttachMode.NATIVE)
+        return await self.replace(index, prog_fd, mode)
 
     async def replace(self, index: int, prog_fd: int, mode: AttachMode = AttachMode.AUTO) -> Attachment:
-        return Attachment(AttachMode.NATIVE)
+        self._do(f"attach to {index}")
+        attached = AttachMode.GENERIC if mode is AttachMode.GENERIC else AttachMode.NATIVE
+        self.programs[index] = Attached(self.program_id, attached)
+        return Attachment(attached)
+
+    program_id = 77
 
     async def detach(self, index: int, expected_fd: int | None = None) -> bool:
-        return False
+        self._do(f"detach from {index}")
+        return self.programs.pop(index, None) is not None
 
     async def addresses(self) -> set[Address]:
         return set(self.present)
