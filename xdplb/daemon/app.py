@@ -37,10 +37,10 @@ from xdplb.daemon.reload import Reloader
 from xdplb.daemon.supervision import Supervisor
 from xdplb.dataplane import manifest
 from xdplb.dataplane.manifest import Manifest
-from xdplb.errors import NotCapable, XdplbError
+from xdplb.errors import XdplbError
 from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config
 from xdplb.net.links import Links
-from xdplb.net.next_hops import Interface, LinkEvent
+from xdplb.net.next_hops import Interface
 from xdplb.paths import Instance
 
 log = logging.getLogger(__name__)
@@ -104,21 +104,16 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
     interfaces = [await links.interface(name) for name in options.interfaces]
     notes = left or Manifest([], "", {}, {})
     notes.interfaces = [interface.name for interface in interfaces]
-    owner = Host(links, instance, interfaces, notes)
+    alarms = Alarms()
+    owner = Host(links, instance, interfaces, alarms)
     await owner.refuse_foreign(options.replace)
 
-    def on_link(event: LinkEvent) -> None:
-        if event.deleted and event.interface.index in {interface.index for interface in interfaces}:
-            gone = NotCapable(f"the interface {event.interface.name} is gone", "xdplb up again once it is back")
-            daemon.end_with(gone)
-
-    alarms = Alarms()
     overrides = Overrides.of(instance)
     monitor = BackendMonitor(
         links,
         overrides,
         lambda key: failover.on_change(key),
-        on_link,
+        lambda event: None,
         on_check_trouble=partial(_alarm_of_checks, alarms),
     )
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
@@ -134,8 +129,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         alarms,
     )
     failover = Failover(monitor.statuses, lambda: reloader.engine, reloader.save)
-    daemon = Daemon(options, interfaces, left, overrides, monitor, reloader, failover, alarms)
-    return daemon
+    return Daemon(options, owner, left, overrides, monitor, reloader, failover, alarms)
 
 
 def _alarm_of_checks(alarms: Alarms, trouble: str | None) -> None:
@@ -190,7 +184,7 @@ class Daemon:
     def __init__(
         self,
         options: DaemonOptions,
-        interfaces: Sequence[Interface],
+        owner: Host,
         left: Manifest | None,
         overrides: Overrides,
         monitor: BackendMonitor,
@@ -199,8 +193,7 @@ class Daemon:
         alarms: Alarms,
     ) -> None:
         self.instance = options.instance
-        self.interfaces = interfaces
-        """Those that the program is attached to; the clients' first."""
+        self._host = owner
         self._config_path = options.config_path
         self._left = left
         self._overrides = overrides
@@ -212,7 +205,6 @@ class Daemon:
         self._supervisor = Supervisor(alarms)
         self._stop = asyncio.Event()
         self._leaves = False
-        self._error: XdplbError | None = None
 
     async def run(self, serve: Serve) -> None:
         """Until told to end. `serve` answers commands from the first moment on; most of them once packets flow."""
@@ -221,6 +213,7 @@ class Daemon:
                 tasks.create_task(self._supervisor.keep(name, work))
                 for name, work in (
                     ("watching backends", self._monitor.run),
+                    ("upkeep of the host", self._host.run),
                     ("upkeep of flows", self._settle),
                     ("the sign of life", self._beat),
                     ("the measure of the loop", self.loop_lag.measure),
@@ -231,8 +224,6 @@ class Daemon:
                 if await self._unless_stopped(tasks.create_task(self._reloader.start(self._left))):
                     notify.ready()
                     await self._stop.wait()
-                if self._error is not None:
-                    raise self._error
                 log.info("ending")
             finally:
                 for task in tending:
@@ -284,6 +275,11 @@ class Daemon:
         return self._reloader.config
 
     @property
+    def interfaces(self) -> Sequence[Interface]:
+        """Those that the program is attached to; the clients' first."""
+        return self._host.interfaces
+
+    @property
     def health(self) -> Mapping[BackendKey, Health]:
         return self._monitor.health
 
@@ -311,11 +307,6 @@ class Daemon:
     def stop(self) -> None:
         """Ends balancing: `run` returns soon."""
         self._stop.set()
-
-    def end_with(self, error: XdplbError) -> None:
-        """Ends balancing, because there is nothing left to balance on: `run` raises the error soon."""
-        self._error = error
-        self.stop()
 
     def leave(self) -> None:
         """Has the packet path go on when this daemon ends, if it has begun."""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Host(Protocol):
     """What is asked of `host.Host`; documented there."""
 
-    def prepare(self, config: Config) -> None: ...
+    async def prepare(self, config: Config) -> None: ...
     async def attach(self, program: int, mode: AttachMode, replace: bool) -> None: ...
     async def add_addresses(self, config: Config) -> None: ...
     async def release(self, config: Config) -> None: ...
@@ -98,7 +98,7 @@ class Reloader:
             engine.apply_all()
             self._generations.carry_counters(engine)
             self._save_or_fail()
-            self._host.prepare(self.config)
+            await self._host.prepare(self.config)
             await self._attach(engine, self.config)
             self.attached = True
             await self._host.add_addresses(self.config)
@@ -141,7 +141,7 @@ class Reloader:
             engine = await suit(made[-1], config)
             if engine is not made[-1]:
                 made.append(engine)
-        self._host.prepare(config)
+        await self._host.prepare(config)
         await self._host.add_addresses(config)
         self._save_or_fail()
         if made[-1] is not self.engine:

@@ -64,7 +64,7 @@ class House:
 
     # the host
 
-    def prepare(self, wanted: Config) -> None:
+    async def prepare(self, wanted: Config) -> None:
         self._do("prepare")
 
     async def attach(self, program: int, mode: AttachMode, replace: bool) -> None:
