@@ -175,7 +175,7 @@ class Replay:
         moments = np.append(np.sort(moments + self._random.uniform(0, 30, changes)), np.inf)
         events = [(float(time[0]), flow, 0) for flow, time in enumerate(times)]
         heapq.heapify(events)
-        fast = _clock()
+        fast = self._pool.engine.clock
         start, settled, flooded, spoofed = fast.tick, 0, 0, 0
         while events:
             due, flow, number = heapq.heappop(events)
@@ -247,25 +247,27 @@ def _frame(flow: int, flags: int) -> bytes:
     return bytes(12) + b"\x08\x00" + network + port + b"\x00\x50" + bytes(8) + bytes([0x50, flags]) + bytes(6)
 
 
-def _clock() -> Clock:
-    """Its ticks are 4 ms where the timer's frequency is 250 Hz or a multiple, and of that order elsewhere."""
-    return clock(max(0, round(math.log2(clock().frequency / 250))))
+def _clock(halved: int) -> Clock:
+    """Its ticks are 4 ms where the timer's frequency is 250 Hz or a multiple, and of that order elsewhere; twice that
+    for each time that the pace is `halved`.
+    """
+    return clock(max(0, round(math.log2(clock().frequency / 250))) + halved)
 
 
 @contextmanager
-def _open(window: int, capacity: int) -> Iterator[tuple[Dataplane, Engine, list[str]]]:
+def _open(window: int, capacity: int, time: Clock) -> Iterator[tuple[Dataplane, Engine, list[str]]]:
     """A program and an engine on fast ticks, and the flags to compile others for the same maps."""
     backends = "".join(f"  - {{name: b{n}, address: 10.0.0.{n}, weight: 10}}\n" for n in range(1, BACKENDS + 1))
     text = f"services:\n- name: s\n  listen: 203.0.113.1:80\n  forward: dsr\n  check: none\n  backends:\n{backends}"
     config = configuration.parse(text, "churn")
-    seconds = window * _clock().tick_s
+    seconds = window * time.tick_s
     config = replace(config, flow_cache=replace(config.flow_cache, window_s=seconds))
-    features = requirements.features(config, False, FlowTimes(tick_shift=_clock().shift, budget=1 << 30))
+    features = requirements.features(config, False, FlowTimes(tick_shift=time.shift, budget=1 << 30))
     geometry = replace(requirements.geometry(config), flow_sets=capacity // flow_cache.WAYS)
     pins = paths.pin_directory() / f"churn-{os.getpid()}" / "maps"
     try:
         plane = loader.open_dataplane(features, geometry, _KEY, pins)
-        engine = Engine(plane, _KEY, config, Statuses(), Applied(geometry), Retired(), _clock())
+        engine = Engine(plane, _KEY, config, Statuses(), Applied(geometry), Retired(), time)
         yield plane, engine, bundle.compiler_flags(defines(features, geometry), _KEY, pins)
     finally:
         loader.remove_pins(pins.parent)
@@ -281,10 +283,11 @@ def replay(
     window: int = WINDOW,
     capacity: int = 262_144,
     seed: int = 1,
+    halved: int = 0,
 ) -> Outcome:
-    """One trace, the same for the same numbers."""
+    """One trace, the same for the same numbers. A machine that is too busy for it may be in time at half the pace."""
     name = f"{'conventional' if conventional else 'xdplb'}{', under a flood of SYNs' if flood else ''}"
-    with _open(window, capacity) as (plane, engine, flags), ExitStack() as kept:
+    with _open(window, capacity, _clock(halved)) as (plane, engine, flags), ExitStack() as kept:
         program = plane.program_fd
         if conventional:
             elements = 8 * capacity // (_ELEMENT_OVERHEAD + 40 + 8)
