@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -140,6 +141,7 @@ def test_time_goes_on_while_nothing_is_under_way(hearing: Hearing) -> None:
 
 
 def test_what_ends_or_is_cancelled_leaves_no_descriptor(hearing: Hearing) -> None:
+    gc.collect()  # what other tests left
     before = descriptors()
     with slow_server(30.0) as (port, asked), refusing("127.0.0.1") as closed:
         for number in range(0, 60, 3):
@@ -152,7 +154,7 @@ def test_what_ends_or_is_cancelled_leaves_no_descriptor(hearing: Hearing) -> Non
         hearing.start(99, closed, Check(type=CheckType.TCP))
         hearing.until(lambda: 99 in hearing.ended)
         assert len(hearing.ended) == 41
-    hearing.until(lambda: descriptors() == before)
+    hearing.until(lambda: descriptors() <= before)
 
 
 def descriptors() -> int:
