@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import sys
 from contextlib import closing, suppress
 
@@ -29,6 +30,7 @@ SPARE_DESCRIPTORS = 64
 
 _NOBODY = "nobody"
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_CAPABILITY_VERSION = 0x20080522
 _RECEIVE = 1 << 18
 
 
@@ -132,15 +134,18 @@ def main(descriptor: int, daemon: int) -> None:
 
 
 def _drop_privileges() -> None:
-    if os.geteuid() != 0:
-        return
+    """Of a daemon that may not change its user, the process keeps it; of capabilities it keeps none in any case."""
     import encodings.idna  # noqa: F401  # nobody may not be able to read what is loaded late
 
-    user = pwd.getpwnam(_NOBODY)
-    os.setgroups([])
-    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
     os.chdir("/")
+    with suppress(PermissionError):
+        user = pwd.getpwnam(_NOBODY)
+        os.setgroups([])
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    header, none = struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)
+    if ctypes.CDLL(None, use_errno=True).capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _end_with(daemon: int) -> None:

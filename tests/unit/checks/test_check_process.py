@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from probing import Watch, in_loop, open_thread, probing, serving, silent, targe
 
 from xdplb.checks import frames, process
 from xdplb.checks.frames import Orders, Report, Result
-from xdplb.checks.process import Checker, open_process
+from xdplb.checks.process import Checker, OpenChecker, open_process
 from xdplb.checks.worker import SPARE_DESCRIPTORS
 from xdplb.model import Check, CheckType
 
@@ -40,7 +41,7 @@ async def ok_after(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, d
 
 
 @contextlib.asynccontextmanager
-async def running(watch: Watch, delay_s: float = 0.0, check: Check = QUICK) -> AsyncIterator[int]:
+async def running(watch: Watch, delay_s: float = 0.0, open_checker: OpenChecker = open_process) -> AsyncIterator[int]:
     """Checks by a process of a server that answers after so long; yields the process."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -48,7 +49,7 @@ async def running(watch: Watch, delay_s: float = 0.0, check: Check = QUICK) -> A
 
     async with (
         serving(handle) as port,
-        probing(watch, [target("a", "127.0.0.1", port, check)], open_checker=open_process),
+        probing(watch, [target("a", "127.0.0.1", port, QUICK)], open_checker=open_checker),
     ):
         assert (await watch.result()).reason == "L7OK/200"
         (found,) = children()
@@ -80,12 +81,27 @@ server.serve_forever()
 @in_loop
 async def test_it_has_no_privileges_and_does_not_get_any() -> None:
     async with running(Watch()) as pid:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in status}
+        fields = status_of(pid)
     if os.geteuid() == 0:
         assert len(set(fields["Uid"] + fields["Gid"])) == 1 and fields["Uid"][0] != "0" and fields["Groups"] == []
-        assert {int(fields[name][0], 16) for name in ("CapPrm", "CapEff", "CapAmb")} == {0}
+    assert {int(fields[name][0], 16) for name in ("CapPrm", "CapEff", "CapAmb")} == {0}
     assert fields["NoNewPrivs"] == ["1"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: there is nothing to keep")
+@in_loop
+async def test_of_a_daemon_that_may_not_change_its_user_it_keeps_nothing_but_that() -> None:
+    """As of a hardened service with few capabilities."""
+    launcher = ["setpriv", "--bounding-set", "-setuid,-setgid", "--inh-caps", "-setuid,-setgid"]
+    async with running(Watch(), open_checker=partial(open_process, launcher=launcher)) as pid:
+        fields = status_of(pid)
+    assert fields["Uid"][0] == "0"
+    assert {int(fields[name][0], 16) for name in ("CapPrm", "CapEff", "CapAmb")} == {0}
+
+
+def status_of(pid: int) -> dict[str, list[str]]:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    return {line.partition(":")[0]: line.partition(":")[2].split() for line in lines}
 
 
 @in_loop
@@ -168,7 +184,7 @@ def test_it_ends_with_its_daemon(tmp_path: Path) -> None:
     """Stopped, too: it does not need to run for that."""
     program = """
 import asyncio, sys
-from xdplb.checks.process import Checker, open_process
+from xdplb.checks.process import Checker, OpenChecker, open_process
 async def main():
     async with open_process(lambda report: None):
         print(open(f"/proc/self/task/{__import__('os').getpid()}/children").read().split()[0], flush=True)
