@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 from xdplb.model import Address, Check
 
@@ -18,6 +19,10 @@ class Endpoint:
     check: Check
     host: str | None = None
 
+    def __hash__(self) -> int:
+        """Without the check: it has many fields, and few endpoints differ in nothing else."""
+        return hash((self.address, self.port, self.host))
+
     @property
     def socket_address(self) -> tuple[str, int]:
         return str(self.address), self.port
@@ -30,8 +35,13 @@ class Endpoint:
     @property
     def phase(self) -> float:
         """In [0, 1): where in the interval the checks start. The same at every start of the daemon."""
-        identity = f"{self.address} {self.port} {self.check} {self.host}".encode()
+        identity = f"{self.address} {self.port} {_in_words(self.check)} {self.host}".encode()
         return int.from_bytes(hashlib.blake2b(identity, digest_size=4).digest(), "big") / 2**32
+
+
+@lru_cache(maxsize=4096)
+def _in_words(check: Check) -> str:
+    return str(check)
 
 
 class Layer(enum.StrEnum):
