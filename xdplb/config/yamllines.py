@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ _CONVERT = {
     f"{_PREFIX}bool": _SAFE.construct_yaml_bool,
     f"{_PREFIX}null": _SAFE.construct_yaml_null,
 }
+_NUMBERS = (f"{_PREFIX}int", f"{_PREFIX}float")
+_NOT_DECIMAL = re.compile(r"[:_xb]|^[-+]?0[0-9]")
 
 
 class YamlError(ValueError):
@@ -142,14 +145,17 @@ class _Builder:
         return built
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> object:
-        """The value; a number that Python cannot read (`0x_`, thousands of digits) stays text."""
+        """The value; a number that Python cannot read (thousands of digits) stays text.
+
+        So does one that is not decimal: to YAML 1.1 `010` is 8, `1:20` is 80 and `1_0` is 10, which nobody means.
+        """
         convert = _CONVERT.get(node.tag)
-        if convert is not None:
+        if convert is not None and not (node.tag in _NUMBERS and _NOT_DECIMAL.search(node.value)):
             try:
                 return convert(node)
             except (ValueError, KeyError):
                 return node.value
-        if node.tag not in _TEXT:
+        if node.tag not in _TEXT and node.tag not in _NUMBERS:
             self._refuse_tag(node, path)
         return node.value
 

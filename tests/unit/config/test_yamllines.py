@@ -126,6 +126,19 @@ def test_a_number_that_python_cannot_read_stays_text(text: str) -> None:
     assert yamllines.load(text).data == text
 
 
+@pytest.mark.parametrize("text", ["010", "-07", "0x1f", "0b11", "1:20", "1:20.5", "190:20:30", "1_000", "1_0.5", "00"])
+def test_a_number_that_is_not_decimal_stays_text(text: str) -> None:
+    """To YAML 1.1 these are 8, -7, 31, 3, 80 and so on, which no operator means."""
+    assert yamllines.load(text).data == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("0", 0), ("10", 10), ("-7", -7), ("1.20", 1.2), ("0.5", 0.5), ("1.5e+3", 1500)]
+)
+def test_a_decimal_number_is_one(text: str, number: float) -> None:
+    assert yamllines.load(text).data == number
+
+
 def test_paths_read_as_in_the_contract() -> None:
     assert yamllines.show(("services", 0, "backends", 2, "address")) == "services[0].backends[2].address"
     assert yamllines.show(()) == ""
