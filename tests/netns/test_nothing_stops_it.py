@@ -167,12 +167,23 @@ def test_all_is_well_with_exit_code_0_and_a_service_that_cannot_serve_with_1(
         balancer.cli("backend", "ready", f"web80/{name}")
 
 
-def test_without_its_interface_there_is_nothing_left_to_do(lab: Laboratory, balancer: Balancer) -> None:
-    lab.gateway.run(["ip", "link", "add", "spare0", "type", "veth", "peer", "name", "spare1"])
-    lab.gateway.run(["ip", "link", "set", "spare0", "up"])
+def test_a_daemon_outlives_its_interface_and_takes_it_back(lab: Laboratory, balancer: Balancer) -> None:
+    def plug() -> None:
+        lab.gateway.run(["ip", "link", "add", "spare0", "type", "veth", "peer", "name", "spare1"])
+        for end in ("spare0", "spare1"):
+            lab.gateway.run(["ip", "link", "set", end, "up"])
+
+    def alarms() -> set[str]:
+        return {alarm["name"] for alarm in spare.ask("status")["alarms"]}
+
+    plug()
     spare = Balancer(lab, "spare0")
     spare.up(web(lab))
     lab.gateway.run(["ip", "link", "del", "spare0"])
-    assert spare.process.wait(20) == 6
-    assert "the interface spare0 is gone" in spare.process.log() and "Traceback" not in spare.process.log()
-    assert not spare.runtime.exists() and not spare.pins.exists()
+    await_until(lambda: "interface-gone" in alarms(), "the loss is an alarm")
+    assert spare.cli("status", "--interface", "spare0", "--check", check=False).returncode == 1
+    plug()
+    await_until(lambda: "spare0" in spare.attached() and not alarms(), "it is taken back")
+    assert "Traceback" not in spare.process.log()
+    spare.down()
+    lab.gateway.run(["ip", "link", "del", "spare0"])

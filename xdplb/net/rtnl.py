@@ -68,7 +68,9 @@ def event(message: Any) -> Event | None:
     """What a notification is about; None for what we do not follow."""
     if message["header"]["type"] in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):
         return NextHopEvent()
-    name = message.get("event") or ""
+    name = message.get("event")
+    if not isinstance(name, str):  # pyroute2 leaves the number where it knows no name
+        return None
     deleted = name.startswith("RTM_DEL")
     match name.removeprefix("RTM_NEW").removeprefix("RTM_DEL"):
         case "LINK" if message["family"] == AF_UNSPEC:  # AF_BRIDGE: a port left its bridge, not this host
