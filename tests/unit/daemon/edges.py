@@ -5,12 +5,13 @@ done to them, in one list where a test wants the order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from typing import Protocol as Protocol_
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from xdplb.abi import FlowTimes, Geometry
 from xdplb.core.hash_key import HashKey
 from xdplb.core.operations import Applied, Operation, Publish
 from xdplb.core.status import Statuses
+from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.errors import NotCapable
 from xdplb.model import Address, AttachMode, Backend, Check, CheckType, Config, Forward, Listen, Protocol, Scheduler
@@ -221,3 +223,36 @@ class Kernel:
         if what in self.refuses:
             raise self.refuses[what]
         self.log.append(what)
+
+
+class Watching(Protocol_):
+    """What a test sets up around a monitor."""
+
+    monitor: BackendMonitor
+
+
+House = TypeVar("House", bound=Watching)
+Scenario = Callable[[House], Coroutine[Any, Any, None]]
+
+
+def inside(make: Callable[[Path], House]) -> Callable[[Scenario[House]], Callable[[Path], None]]:
+    """A coroutine over what `make` sets up, as a test, with the monitor running."""
+
+    def as_test(scenario: Scenario[House]) -> Callable[[Path], None]:
+        def test(tmp_path: Path) -> None:
+            async def run() -> None:
+                house = make(tmp_path)
+                watching = asyncio.create_task(house.monitor.run())
+                try:
+                    async with asyncio.timeout(20):
+                        await scenario(house)
+                finally:
+                    watching.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
+
+            asyncio.run(run())
+
+        test.__doc__ = scenario.__doc__
+        return test
+
+    return as_test

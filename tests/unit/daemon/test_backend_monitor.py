@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
-from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, service
+from edges import BACKEND_MAC, TCP, UNCHECKED, Kernel, config, inside, service
 
 from xdplb.checks.attempt import Verdict
 from xdplb.checks.coroutines import open_coroutines
@@ -58,22 +57,7 @@ class House:
             await self.heard.wait()
 
 
-def in_house(scenario: Callable[[House], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
-    def test(tmp_path: Path) -> None:
-        async def run() -> None:
-            house = House(tmp_path)
-            watching = asyncio.create_task(house.monitor.run())
-            try:
-                async with asyncio.timeout(20):
-                    await scenario(house)
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
-
-        asyncio.run(run())
-
-    test.__doc__ = scenario.__doc__
-    return test
+in_house = inside(House)
 
 
 @in_house

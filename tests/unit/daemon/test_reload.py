@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from edges import GEOMETRY, UNCHECKED, Kernel, Plane, Ticks, Writing, config, engine, service
+from edges import GEOMETRY, UNCHECKED, Kernel, Plane, Ticks, Writing, config, engine, inside, service
 
 from xdplb.core.flow_cache import WAYS
 from xdplb.core.operations import PutBackend
@@ -120,24 +120,7 @@ class House:
         return {key.backend for key in self.reloader.engine.applied.backends}
 
 
-def in_house(scenario: Callable[[House], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
-    """With the monitor running: backends have their next hops within milliseconds."""
-
-    def test(tmp_path: Path) -> None:
-        async def run() -> None:
-            house = House(tmp_path)
-            watching = asyncio.create_task(house.monitor.run())
-            try:
-                async with asyncio.timeout(20):
-                    await scenario(house)
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
-
-        asyncio.run(run())
-
-    test.__doc__ = scenario.__doc__
-    return test
+in_house = inside(House)
 
 
 @in_house
