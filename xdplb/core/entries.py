@@ -38,8 +38,8 @@ class Tunnels:
 
 
 def service_entry(service: Service, applied: AppliedService) -> ServiceEntry:
-    """`applied`: where its slots and its turns are."""
-    cycle = applied.sequence if applied.sequence and applied.sequence.count and takes_turns(service) else None
+    """`applied`: where its slots and its wrr sequence are."""
+    sequence = applied.sequence if applied.sequence and applied.sequence.count and needs_sequence(service) else None
     affinity = service.affinity or Affinity()
     return ServiceEntry(
         address=service.listen.address,
@@ -51,9 +51,9 @@ def service_entry(service: Service, applied: AppliedService) -> ServiceEntry:
         forward=ForwardCode[service.forward.name],
         flags=_service_flags(service),
         scheduler=_code(service.scheduler),
-        sequence=cycle.first if cycle else 0,
-        sequence_length=cycle.count if cycle else 0,
-        members=len(cycle.ids) - cycle.count if cycle else 0,
+        sequence=sequence.first if sequence else 0,
+        sequence_length=sequence.count if sequence else 0,
+        members=len(sequence.ids) - sequence.count if sequence else 0,
         client_prefix=affinity.prefix6 if service.listen.address.version == 6 else 96 + affinity.prefix4,
         keep_idle_s=affinity.timeout_s if service.affinity else 0.0,
     )
@@ -86,7 +86,7 @@ def _code(scheduler: Scheduler) -> SchedulerCode:
     return SchedulerCode.HASH
 
 
-def takes_turns(service: Service) -> bool:
+def needs_sequence(service: Service) -> bool:
     return _code(service.scheduler) in (SchedulerCode.WRR, SchedulerCode.LEAST)
 
 

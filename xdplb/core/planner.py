@@ -16,7 +16,7 @@ from xdplb.abi import BackendFlag
 from xdplb.core import entries, maglev, wrr
 from xdplb.core.allocation import Ids, Slots, room_for
 from xdplb.core.desired import DesiredService
-from xdplb.core.entries import Tunnels, backend_entry, service_entry, settles, takes_turns, window_s
+from xdplb.core.entries import Tunnels, backend_entry, needs_sequence, service_entry, settles, window_s
 from xdplb.core.operations import (
     Applied,
     ClearBackend,
@@ -88,7 +88,7 @@ class Planner:
     def _table(self, desired: DesiredService) -> Iterator[PutSlots | PutSequence | PutService]:
         name = desired.config.name
         yield from self._slots(desired)
-        if takes_turns(desired.config):
+        if needs_sequence(desired.config):
             yield from self._sequence(desired)
         entry = service_entry(desired.config, self.applied.services[name])
         if entry != self.applied.services[name].entry:

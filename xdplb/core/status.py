@@ -1,7 +1,7 @@
 """What is known of each backend, and what follows from that alone. Pure.
 
-Operational health, the operator's word and the way there are separate; together they say whether a backend may take new
-flows, and whether it keeps those that it has.
+Health, the operator's override and the next hop are separate. Together they say whether a backend may take new flows,
+and whether it keeps those that it has.
 """
 
 from __future__ import annotations

@@ -243,10 +243,10 @@ class BackendMonitor:
         self._news.set()
         if record.state is NextHopState.LOCAL:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
-        way = next_hop_of(record)
+        next_hop = next_hop_of(record)
         for key in self._by_address.get(record.address, ()):
-            self._change(key, lambda status: replace(status, next_hop=way))
-        if way is not None and record.address in self._lost:
+            self._change(key, lambda status: replace(status, next_hop=next_hop))
+        if next_hop is not None and record.address in self._lost:
             self._lost.discard(record.address)
             self._prober.burst(record.address)
 

@@ -170,11 +170,11 @@ def resolve(
     if route is None or interface is None:
         return Resolution(address, 0, "", NO_MAC, None, None, 0, NextHopState.NO_ROUTE, address)
     via = route.neighbour_of(address).address
-    same_way = previous is not None and (previous.ifindex, previous.via) == (interface.index, via)
+    same_hop = previous is not None and (previous.ifindex, previous.via) == (interface.index, via)
     mac = neighbour.mac if neighbour is not None and neighbour.state & HAS_MAC else None
-    if mac is None and previous is not None and same_way:
+    if mac is None and previous is not None and same_hop:
         mac = previous.dest_mac
-    failed_before = previous is not None and same_way and previous.state is NextHopState.FAILED
+    failed_before = previous is not None and same_hop and previous.state is NextHopState.FAILED
     return Resolution(
         address=address,
         ifindex=interface.index,
