@@ -45,7 +45,7 @@ static __always_inline struct backend *recall_flow(const struct packet *p, const
 		*id = known->backend;
 		return backends.lookup(id);
 	}
-	backend = schedule(service, hash, id);
+	backend = backend_by_hash(service, hash, id);
 	fresh.backend = *id;
 	if (backend)
 		flows.update(&key, &fresh);
