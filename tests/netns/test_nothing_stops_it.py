@@ -47,6 +47,15 @@ def small_disk(directory: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", directory], check=True)
 
 
+@contextlib.contextmanager
+def ended(balancer: Balancer) -> Iterator[None]:
+    """What the disk notes is undone before the disk is gone, however the test ends."""
+    try:
+        yield
+    finally:
+        balancer.down()
+
+
 def fill(filler: Path) -> None:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -66,7 +75,7 @@ def names(balancer: Balancer) -> set[str]:
 def test_a_reload_on_a_full_disk_changes_nothing_and_the_next_one_succeeds(
     lab: Laboratory, balancer: Balancer, by_signal: bool
 ) -> None:
-    with small_disk(balancer.runtime.parent) as filler:
+    with small_disk(balancer.runtime.parent) as filler, ended(balancer):
         balancer.up(web(lab))
         fill(filler)
         balancer.write(web(lab), web(lab, port=8080))
@@ -74,15 +83,14 @@ def test_a_reload_on_a_full_disk_changes_nothing_and_the_next_one_succeeds(
             balancer.process.send_signal(signal.SIGHUP)
             await_until(lambda: "No space left on device" in balancer.process.log(), "the refusal is logged")
         else:
-            with pytest.raises(XdplbError, match=r"manifest\.json cannot be written: No space left on device"):
+            with pytest.raises(XdplbError, match=r"\.json cannot be written: No space left on device"):
                 balancer.ask("reload")
         assert names(balancer) == {"web80"} and balancer.cli("diff", str(balancer.file), check=False).returncode == 10
         fetch_many(lab.client, VIP[4], 80, 20)
         filler.unlink()
         balancer.ask("reload")
         assert names(balancer) == {"web80", "web8080"}
-        balancer.down()
-        assert "Traceback" not in balancer.process.log()
+    assert "Traceback" not in balancer.process.log()
 
 
 def test_what_cannot_be_remembered_is_refused_and_stays_refused(lab: Laboratory, balancer: Balancer) -> None:
@@ -138,7 +146,8 @@ def test_status_answers_from_the_first_moment_and_down_ends_a_start(lab: Laborat
         balancer.ask("reload")
     begun = time.monotonic()
     balancer.down()
-    assert time.monotonic() - begun < 8 and not balancer.process.running
+    assert time.monotonic() - begun < 8
+    assert balancer.process.wait(10) == 0
 
 
 @pytest.mark.alone

@@ -38,16 +38,37 @@ def openssl(arguments: str, *more: str) -> None:
     subprocess.run(["openssl", *arguments.split(), *more], check=True, capture_output=True)
 
 
+_AUTHORITY = """\
+[ca]
+default_ca = own
+[own]
+database = {here}/index
+rand_serial = yes
+new_certs_dir = {here}
+certificate = {here}/ca.pem
+private_key = {here}/ca.key
+default_md = sha256
+policy = any
+copy_extensions = copy
+unique_subject = no
+[any]
+commonName = supplied
+"""
+"""For `openssl ca`: of the commands that every OpenSSL has, the one that can date a certificate back."""
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     here = tmp_path_factory.mktemp("certificates")
     openssl(f"req -x509 {_KEY} -subj /CN=authority -days 2 -keyout {here}/ca.key -out {here}/ca.pem")
+    (here / "ca.conf").write_text(_AUTHORITY.format(here=here), encoding="ascii")
+    (here / "index").touch()
     made = {}
-    for name, when in (("valid", "-days 2"), ("expired", "-days -1")):
+    for name, end in (("valid", "20991231235959Z"), ("expired", "20200102000000Z")):
         openssl(f"req {_KEY} -subj /CN=server -addext {_NAMES} -keyout {here}/{name}.key -out {here}/{name}.csr")
         openssl(
-            f"x509 -req -in {here}/{name}.csr -CA {here}/ca.pem -CAkey {here}/ca.key -CAcreateserial {when} "
-            f"-copy_extensions copy -out {here}/{name}.crt"
+            f"ca -batch -notext -config {here}/ca.conf -startdate 20200101000000Z -enddate {end} "
+            f"-in {here}/{name}.csr -out {here}/{name}.crt"
         )
         made[name] = here / f"{name}.pem"
         made[name].write_bytes((here / f"{name}.crt").read_bytes() + (here / f"{name}.key").read_bytes())
