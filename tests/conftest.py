@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ _PROBE = "int probe(struct xdp_md *ctx) { return XDP_PASS; }"
 def pytest_configure() -> None:
     """Tests see the same surroundings whoever starts them, and so do the programs that they start."""
     _restore_signals()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in filter(_PRIVATE.fullmatch, list(os.environ)):
         del os.environ[name]
     os.environ.update(LANG="C.UTF-8", TERM="xterm")

@@ -160,6 +160,7 @@ def test_a_backend_whose_link_is_down(lab: Laboratory, balancer: Balancer) -> No
     try:
         balancer.await_state("web4", gone.name, "down", timeout_s=15)
         assert gone.name not in fetch_many(lab.client, VIP[4])
+        await_until(lambda: not balancer.backend("echo4", gone.name)["reachable"], "its neighbour has failed", 15)
         assert gone.name not in ask_udp_many(lab.client, VIP[4], PORT["echo"])
     finally:
         gone.shell(

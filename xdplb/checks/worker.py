@@ -86,7 +86,8 @@ class Worker:
             self._loop.cancel(number)
             del self._endpoints[number]
         for number in orders.start:
-            self._loop.start(number, *self._endpoints[number])
+            if number in self._endpoints:  # else it was forgotten in the same breath
+                self._loop.start(number, *self._endpoints[number])
 
     def _ended(self, number: int, verdict: Verdict, duration_s: float) -> None:
         result = Result(number, verdict.ok, verdict.reason, verdict.cause, round(duration_s, 6), verdict.word)
