@@ -68,8 +68,8 @@ def event(message: Any) -> Event | None:
     """What a notification is about; None for what we do not follow."""
     if message["header"]["type"] in (RTM_NEWNEXTHOP, RTM_DELNEXTHOP):
         return NextHopEvent()
-    name = message.get("event")
-    if not isinstance(name, str):  # pyroute2 leaves the number where it knows no name
+    name = dict.get(message, "event")  # its own `get` would find the attribute IFLA_EVENT, a number
+    if not isinstance(name, str):
         return None
     deleted = name.startswith("RTM_DEL")
     match name.removeprefix("RTM_NEW").removeprefix("RTM_DEL"):
