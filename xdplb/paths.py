@@ -13,8 +13,10 @@ from pathlib import Path
 
 from xdplb.errors import DaemonUnreachable, UsageError, XdplbError
 
-_INTERFACE = re.compile(r"[^\s/:\x00]{1,15}")
-"""What the kernel takes as a name (dev_valid_name in net/core/dev.c)."""
+_INTERFACE = re.compile(r"[^\s/:\x00]+")
+"""What the kernel takes as a name (dev_valid_name in net/core/dev.c), or as an alternative one, which is longer."""
+LONGEST_NAME = 127
+_PLAIN = re.compile(rb"[A-Za-z0-9_-]")
 
 
 def runtime_directory() -> Path:
@@ -32,6 +34,18 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDPLB_STATE_DIRECTORY", "/var/lib/xdplb"))
 
 
+def is_interface_name(name: str) -> bool:
+    """Whether an interface can have that name, alternative ones included."""
+    return bool(_INTERFACE.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME and name not in (".", "..")
+
+
+def pin_name(name: str) -> str:
+    """The name as bpffs takes it, which has no dots, and as a string of C takes it: other bytes as %XX. No two names
+    become one.
+    """
+    return "".join(chr(byte) if _PLAIN.match(bytes([byte])) else f"%{byte:02x}" for byte in name.encode())
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """The places of one instance. `name` is its first interface; UsageError where no interface can have that name."""
@@ -39,8 +53,8 @@ class Instance:
     name: str
 
     def __post_init__(self) -> None:
-        if not _INTERFACE.fullmatch(self.name) or self.name in (".", ".."):
-            hint = "At most 15 characters, without spaces, slashes and colons; `ip link` lists those of this host."
+        if not is_interface_name(self.name):
+            hint = f"At most {LONGEST_NAME} bytes, no spaces, slashes, colons; `ip link` lists those of this host."
             raise UsageError(f"{self.name!r} is not an interface name", hint)
 
     @property
@@ -71,7 +85,7 @@ class Instance:
 
     @property
     def pins(self) -> Path:
-        return pin_directory() / self.name
+        return pin_directory() / pin_name(self.name)
 
     @property
     def exists(self) -> bool:

@@ -19,24 +19,30 @@ STOPPING_S = 4.0
 KILLING_S = 1.0
 
 
-def up(interfaces: tuple[str, ...], config: Config, config_path: Path | None, mode: AttachMode, replace: bool) -> None:
+def up(
+    instance: Instance,
+    interfaces: tuple[str, ...],
+    config: Config,
+    config_path: Path | None,
+    mode: AttachMode,
+    replace: bool,
+) -> None:
     """Runs until told to end. `config_path` is None where the command line holds the whole configuration.
 
     Raises XdplbError where it cannot start, or cannot go on.
     """
-    options = app.DaemonOptions(interfaces, config, config_path, mode, replace)
+    options = app.DaemonOptions(instance, interfaces, config, config_path, mode, replace)
     app.run(options, lambda daemon: ControlServer(daemon.instance.control, Handlers(daemon).by_command))
 
 
-def down(interface: str) -> list[str]:
+def down(instance: Instance) -> list[str]:
     """Ends the daemon if there is one, and removes whatever is left. Returns what was done, a line each."""
-    instance = Instance(interface)
     done: list[str] = []
 
     def stop() -> None:
         with suppress(DaemonUnreachable):
             call(instance, "stop", timeout_s=1.0)
-            done[:] = [f"stopped balancing on {interface}"]
+            done[:] = [f"stopped balancing on {instance.name}"]
 
     stop()
     try:

@@ -10,13 +10,13 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import click
 
-from xdplb import __version__
+from xdplb import __version__, paths
 from xdplb.api import client
 from xdplb.api.messages import JSON, Diff, Explanation, Stats, Status
 from xdplb.cli import privileges, terminal
 from xdplb.errors import DaemonUnreachable
 from xdplb.model import AttachMode, BackendKey
-from xdplb.paths import Instance, only_instance
+from xdplb.paths import Instance
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -116,7 +116,9 @@ def up(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon, which reloads then, is there to hear it
         from xdplb.api import lifecycle
 
-        lifecycle.up(settled.interfaces, settled.config, settled.config_path, AttachMode(mode), replace)
+        lifecycle.up(
+            settled.instance, settled.interfaces, settled.config, settled.config_path, AttachMode(mode), replace
+        )
 
     if background:
         from xdplb.cli.background import start
@@ -132,9 +134,9 @@ def down(interface: str) -> None:
     """Stop, and leave no trace."""
     name = Instance(interface).name
     privileges.require("down")
-    from xdplb.api import lifecycle
+    from xdplb.api import instances, lifecycle
 
-    for line in lifecycle.down(name) or [f"{name}: nothing to do"]:
+    for line in lifecycle.down(instances.named(name)) or [f"{name}: nothing to do"]:
         click.echo(line)
 
 
@@ -364,6 +366,15 @@ def decap(interface: str, port: int, gateways: tuple[str, ...], mode: str) -> No
 
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def only_instance(interface: str | None) -> Instance:
+    """The instance on an interface, by any of its names; or the only one there is."""
+    if interface is None:
+        return paths.only_instance()
+    from xdplb.api import instances
+
+    return paths.only_instance(instances.named(interface).name)
 
 
 def _show_diff(answer: Diff, output: str, done: bool) -> None:

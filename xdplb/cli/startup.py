@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xdplb.api.instances import canonical, named
 from xdplb.config import read as configuration
 from xdplb.errors import ConfigError, UsageError
 from xdplb.model import Config
@@ -18,13 +19,10 @@ DEFAULT_CONFIG = Path("/etc/xdplb/xdplb.yaml")
 class Startup:
     """`config_path` is absolute, as the daemon changes its directory; None where the command line says all."""
 
+    instance: Instance
     interfaces: tuple[str, ...]
     config: Config
     config_path: Path | None
-
-    @property
-    def instance(self) -> Instance:
-        return Instance(self.interfaces[0])
 
 
 def settle(interfaces: Sequence[str], config_path: Path | None, listen: str | None, backends: Sequence[str]) -> Startup:
@@ -41,7 +39,8 @@ def settle(interfaces: Sequence[str], config_path: Path | None, listen: str | No
     else:
         path = (config_path or DEFAULT_CONFIG).absolute()
         loaded = load(path, named=config_path is not None)
-    return Startup(chosen or _choose(loaded.interfaces), loaded, path)
+    chosen = chosen or _choose(loaded.interfaces)
+    return Startup(named(chosen[0]), chosen, loaded, path)
 
 
 def load(path: Path, named: bool) -> Config:
@@ -59,6 +58,7 @@ def _choose(interfaces: Sequence[str]) -> tuple[str, ...]:
         raise UsageError("no interface is named", hint)
     if len(interfaces) > 2:
         raise UsageError(f"{len(interfaces)} interfaces are too many: {', '.join(interfaces)}", "One, or two.")
-    if len(set(interfaces)) < len(interfaces):
-        raise UsageError(f"{interfaces[0]} is named twice", "A one-armed gateway names its interface once.")
-    return tuple(Instance(interface).name for interface in interfaces)
+    chosen = tuple(canonical(Instance(interface).name) for interface in interfaces)
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"{chosen[0]} is named twice", "A one-armed gateway names its interface once.")
+    return chosen

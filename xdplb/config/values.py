@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from xdplb.abi import MAX_SOURCES
 from xdplb.model import Address, Affinity, CheckType, Listen, Network, Protocol, Rcode, TlsVersion
+from xdplb.paths import is_interface_name
 
 Settings = Mapping[str, object]
 
@@ -241,9 +242,8 @@ def parse_name(value: object) -> str:
 
 
 def parse_interface(value: object) -> str:
-    """dev_valid_name() of the kernel's net/core/dev.c."""
     text = _text(value, "eth0")
-    if not re.fullmatch(r"[^\s/:]{1,15}", text) or len(text.encode()) > 15 or text in (".", ".."):
+    if not is_interface_name(text):
         raise ValueError(f"{shown(text)} cannot be the name of an interface")
     return text
 

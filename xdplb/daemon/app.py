@@ -53,15 +53,12 @@ BEAT_EVERY_S = 1.0
 class DaemonOptions:
     """What `xdplb up` was told. `config_path` is None where the command line holds the whole configuration."""
 
+    instance: Instance
     interfaces: tuple[str, ...]
     config: Config
     config_path: Path | None
     mode: AttachMode
     replace: bool
-
-    @property
-    def instance(self) -> Instance:
-        return Instance(self.interfaces[0])
 
 
 Serve = Callable[["Daemon"], AbstractAsyncContextManager[object]]

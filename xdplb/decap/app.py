@@ -25,7 +25,7 @@ from xdplb.errors import ForeignProgram, UsageError
 from xdplb.model import Address, AttachMode
 from xdplb.net.links import Links
 from xdplb.net.next_hops import Interface
-from xdplb.paths import pin_directory, runtime_directory
+from xdplb.paths import pin_directory, pin_name, runtime_directory
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _load(port: int, only_gateways: bool) -> tuple[Any, int]:
 
 
 def _pin(interface: str) -> Path:
-    return pin_directory() / f"decap-{interface}"
+    return pin_directory() / f"decap-{pin_name(interface)}"
 
 
 async def _attach(links: Links, interface: Interface, program: int, mode: AttachMode) -> None:

@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from itertools import islice
 from typing import NamedTuple
@@ -22,9 +23,10 @@ from xdplb.model import Address
 from xdplb.net import rtnl
 from xdplb.net.next_hops import Neighbour, NeighbourKey, Nud, Route
 
-RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 22, 26, 30
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 18, 22, 26, 30
 NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x01, 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_ALT_IFNAME, IFNAMSIZ = 1, 3, 53, 16
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
 RTAX_MTU = 2
@@ -43,6 +45,7 @@ ATTEMPTS = 10
 HOST_GROUPS = 0x1 | 0x10 | 0x100 | 1 << 23 | 1 << 24
 
 _HEADER = struct.Struct("=IHHII")
+_LINK = struct.Struct("=BBHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _WORD = struct.Struct("=I")
@@ -52,6 +55,32 @@ _NEIGHBOUR = struct.Struct("=BBHiHBB")
 def addresses() -> set[Address]:
     """All addresses of this host, of all its interfaces."""
     return {address for message in _dump(RTM_GETADDR, _ADDRESS.size) if (address := _local(message)) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    index: int
+    name: str
+    mac: bytes
+
+
+def link_named(name: str) -> Link | None:
+    """By its name or an alternative one."""
+    text = name.encode()
+    attribute = IFLA_IFNAME if len(text) < IFNAMSIZ else IFLA_ALT_IFNAME
+    body = bytes(_LINK.size) + struct.pack("=HH", 5 + len(text), attribute) + text
+    body = body.ljust((len(body) + 4) & ~3, b"\0")
+    with _socket() as requests:
+        requests.settimeout(5)
+        requests.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST, 1, 0) + body)
+        message = next(_messages(memoryview(requests.recv(BUFFER_BYTES))))
+    if message.kind == NLMSG_ERROR:
+        return None
+    attributes = dict(_attributes(message.body, _LINK.size))
+    mac = bytes(attributes.get(IFLA_ADDRESS, b""))
+    ethernet = _LINK.unpack_from(message.body)[2] == rtnl.ARPHRD_ETHER and len(mac) == 6
+    now = bytes(attributes[IFLA_IFNAME]).rstrip(b"\0").decode()
+    return Link(_LINK.unpack_from(message.body)[3], now, mac if ethernet else b"")
 
 
 def routes(addresses: Collection[Address]) -> dict[Address, Route | None]:

@@ -273,7 +273,7 @@ def test_service_names_are_distinct() -> None:
     [
         ("interfaces: eth0", "interfaces: must be a list, but is the text eth0"),
         ("interfaces: [eth0, a/b]", "interfaces[1]: a/b cannot be the name of an interface"),
-        ("interfaces: [sixteen-letters-]", "interfaces[0]: sixteen-letters- cannot be the name of an interface"),
+        ("interfaces: [a b]", "interfaces[0]: 'a b' cannot be the name of an interface"),
         ("interfaces: [..]", "interfaces[0]: .. cannot be the name of an interface"),
         ("interfaces: [eth0, eth1, eth0]", "interfaces[2]: eth0 is given twice"),
         ("hash_key: short", "hash_key: 5 characters are too few for a secret; use 16 or more, or leave it out"),
