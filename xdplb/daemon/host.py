@@ -224,7 +224,7 @@ async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = N
     done += [f"removed {address} from {name}" for name, address in notes.addresses]
     await Addresses(network, Ports(network, [], notes), notes, Alarms()).remove(None)
     kernel_settings.restore(notes, sysctls or Sysctls())
-    if ours and not ledger.others(instance, notes.namespace):  # the last one gives back what all of them kept
+    if not ledger.others(instance, notes.namespace):  # the last one gives back what all of them kept
         for neighbour in await network.neighbours():
             if neighbour.ours:
                 await network.release(neighbour)
