@@ -221,3 +221,56 @@ def test_an_address_that_another_host_has_is_taken_with_an_alarm(lab: Laboratory
             assert fetch_many(lab.client, VIP[4])
     finally:
         lab.client.shell(f"ip address flush to {VIP[4]}; ip -6 address flush to {VIP[6]}")
+
+
+def test_what_two_need_goes_with_the_last_of_them(lab: Laboratory) -> None:
+    """An address, the neighbours and the settings of the whole host; whoever of the two set them."""
+    before = traces(lab)
+    outer, inner = Balancer(lab, "eth0"), Balancer(lab, "eth1")
+    outer.up(*web(lab))
+    inner.up(*(service(f"more{v}", at(VIP[v], 81), backends_of(lab, v), check=NO_CHECK) for v in (4, 6)))
+    outer.kill()
+    assert f"left {VIP[4]} to eth1, which needs it too" in outer.down()
+    addresses = lab.gateway.shell("ip -o address")
+    assert all(f" {vip}/" in addresses for vip in VIP.values())
+    assert read(lab, "net/ipv6/conf/all/forwarding") == "1" and not alarms(inner)
+    assert traces(lab)["neighbours"] == "6\n"
+    inner.down()
+    assert traces(lab) == before
+
+
+def test_a_neighbour_that_leaves_checksums_unfinished_is_told(lab: Laboratory) -> None:
+    """A veth hands packets over as the sender's stack left them to a card. Seen are those that the kernel gets."""
+    balancer = Balancer(lab)
+    balancer.write(*web(lab), host={"interval": "1s"})
+
+    def told_while_it_talks(names: set[str]) -> bool:
+        with suppress(OSError):
+            fetch(lab.client, lab.gateway.address(4), 81, timeout_s=0.1)
+        return alarms(balancer) == names
+
+    lab.client.shell("ethtool -K eth0 tx on")
+    try:
+        balancer.up()
+        await_until(lambda: told_while_it_talks({"checksums-unfinished"}), "the alarm is raised")
+        (alarm,) = balancer.ask("status")["alarms"]
+        assert mac_of(lab.client) in alarm["text"] and "eth0" in alarm["text"] and "tx off" in alarm["fix"]
+        lab.client.shell("ethtool -K eth0 tx off")
+        await_until(lambda: told_while_it_talks(set()), "no alarm is left")
+    finally:
+        lab.client.shell("ethtool -K eth0 tx off")
+        balancer.down()
+
+
+def test_an_egress_that_drops_redirected_frames_is_told(lab: Laboratory, balancer: Balancer) -> None:
+    lab.client.shell("ethtool -K eth0 gro off")
+    try:
+        if works(lab):
+            pytest.skip("this kernel's veth takes redirected frames all the same")
+        await_until(lambda: alarms(balancer) == {"egress-no-redirect"}, "the alarm is raised", timeout_s=15)
+        (alarm,) = balancer.ask("status")["alarms"]
+        assert "eth0" in alarm["text"] and "gro on" in alarm["fix"]
+    finally:
+        lab.client.shell("ethtool -K eth0 gro on")
+    await_until(lambda: not alarms(balancer), "no alarm is left", timeout_s=15)
+    assert works(lab)

@@ -27,6 +27,7 @@ from xdplb.daemon.kernel_settings import KernelSettings
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.ports import Ports
+from xdplb.daemon.surroundings import Surroundings
 from xdplb.daemon.upkeep import Difference, Patience
 from xdplb.dataplane import loader
 from xdplb.errors import XdplbError
@@ -68,6 +69,7 @@ class Host:
         self._programs = Attachments(network, instance, self._ports, self._ledger)
         self._addresses = Addresses(network, self._ports, self._ledger, alarms)
         self._settings = KernelSettings(self._ports, self._ledger, sysctls or Sysctls())
+        self._surroundings = Surroundings(network, self._ports)
         self._patience = Patience(clock)
         self._config: Config | None = None
         self._raised: set[tuple[str, str]] = set()
@@ -137,6 +139,7 @@ class Host:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._keep())
+                tasks.create_task(self._listen_to_frames())
         finally:
             self._addresses.close()
             self._programs.close()
@@ -145,6 +148,13 @@ class Host:
         with self._network.host_changes() as changes:
             async for _ in changes:
                 self._look.set()
+
+    async def _listen_to_frames(self) -> None:
+        while True:
+            if self._config is not None:
+                await self._surroundings.listen()
+                self.look_soon()
+            await asyncio.sleep(self._upkeep.interval_s)
 
     async def _keep(self) -> None:
         while True:
@@ -163,9 +173,12 @@ class Host:
             await asyncio.sleep(LOOK_AT_MOST_EVERY_S)
 
     def _next_look_s(self) -> float:
-        upkeep = self._config.host if self._config else HostUpkeep()
         waiting = self._patience.next_s(self._waiting)
-        return upkeep.interval_s if waiting is None else min(upkeep.interval_s, waiting)
+        return self._upkeep.interval_s if waiting is None else min(self._upkeep.interval_s, waiting)
+
+    @property
+    def _upkeep(self) -> HostUpkeep:
+        return self._config.host if self._config else HostUpkeep()
 
     async def reconcile(self) -> None:
         """Looks at all, and mends what differs. Cheap where nothing does."""
@@ -176,6 +189,7 @@ class Host:
             self._ledger.absorb(self._instance)
             found = await self._ports.look()
             found += self._programs.differences()
+            found += await self._surroundings.differences()
             found += self._settings.aggregating()
             found += await self._settings.differences(config)
             found += await self._addresses.differences(config)

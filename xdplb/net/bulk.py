@@ -73,13 +73,13 @@ def link_named(name: str) -> Link | None:
     with _socket() as requests:
         requests.settimeout(5)
         requests.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST, 1, 0) + body)
-        message = next(_messages(memoryview(requests.recv(BUFFER_BYTES))))
+        message = next(messages(memoryview(requests.recv(BUFFER_BYTES))))
     if message.kind == NLMSG_ERROR:
         return None
-    attributes = dict(_attributes(message.body, _LINK.size))
-    mac = bytes(attributes.get(IFLA_ADDRESS, b""))
+    fields = dict(attributes(message.body, _LINK.size))
+    mac = bytes(fields.get(IFLA_ADDRESS, b""))
     ethernet = _LINK.unpack_from(message.body)[2] == rtnl.ARPHRD_ETHER and len(mac) == 6
-    now = bytes(attributes[IFLA_IFNAME]).rstrip(b"\0").decode()
+    now = bytes(fields[IFLA_IFNAME]).rstrip(b"\0").decode()
     return Link(_LINK.unpack_from(message.body)[3], now, mac if ethernet else b"")
 
 
@@ -94,7 +94,7 @@ def routes(addresses: Collection[Address]) -> dict[Address, Route | None]:
             requests.send(b"".join(_route_request(number, address) for number, address in enumerate(batch)))
             missing = len(batch)
             while missing:
-                for message in _messages(memoryview(requests.recv(BUFFER_BYTES))):
+                for message in messages(memoryview(requests.recv(BUFFER_BYTES))):
                     missing -= 1
                     found[batch[message.number]] = _route(batch[message.number], message)
     return found
@@ -114,16 +114,16 @@ def _route(address: Address, message: _Message) -> Route | None:
         if message.error not in NO_ROUTE:
             raise XdplbError(f"cannot look up the route to {address}: {os.strerror(message.error)}")
         return None
-    attributes = dict(_attributes(message.body, _ROUTE.size))
+    fields = dict(attributes(message.body, _ROUTE.size))
     kind = message.body[7]
-    if kind not in (RTN_UNICAST, RTN_LOCAL) or RTA_OIF not in attributes:
+    if kind not in (RTN_UNICAST, RTN_LOCAL) or RTA_OIF not in fields:
         return None
-    via = attributes.get(RTA_VIA)
-    mtu = dict(_attributes(attributes.get(RTA_METRICS, memoryview(b"")), 0)).get(RTAX_MTU)
+    via = fields.get(RTA_VIA)
+    mtu = dict(attributes(fields.get(RTA_METRICS, memoryview(b"")), 0)).get(RTAX_MTU)
     return Route(
-        ifindex=_WORD.unpack(attributes[RTA_OIF])[0],
-        gateway=_address(via[2:] if via else attributes.get(RTA_GATEWAY)),
-        source=_address(attributes.get(RTA_PREFSRC)),
+        ifindex=_WORD.unpack(fields[RTA_OIF])[0],
+        gateway=_address(via[2:] if via else fields.get(RTA_GATEWAY)),
+        source=_address(fields.get(RTA_PREFSRC)),
         mtu=_WORD.unpack(mtu)[0] if mtu else None,
         local=kind == RTN_LOCAL,
     )
@@ -137,12 +137,12 @@ def neighbours() -> list[Neighbour]:
 
 def _neighbour(message: memoryview) -> Neighbour | None:
     family, _, _, ifindex, state, flags, _ = _NEIGHBOUR.unpack_from(message)
-    attributes = dict(_attributes(message, _NEIGHBOUR.size))
-    address = _address(attributes.get(NDA_DST)) if family in (socket.AF_INET, socket.AF_INET6) else None
+    fields = dict(attributes(message, _NEIGHBOUR.size))
+    address = _address(fields.get(NDA_DST)) if family in (socket.AF_INET, socket.AF_INET6) else None
     if address is None:
         return None
-    mac = bytes(attributes.get(NDA_LLADDR, b""))
-    protocol, more = attributes.get(NDA_PROTOCOL), attributes.get(NDA_FLAGS_EXT)
+    mac = bytes(fields.get(NDA_LLADDR, b""))
+    protocol, more = fields.get(NDA_PROTOCOL), fields.get(NDA_FLAGS_EXT)
     return Neighbour(
         key=NeighbourKey(ifindex, address),
         state=Nud(state),
@@ -170,8 +170,8 @@ async def _signals(subscription: socket.socket) -> AsyncIterator[None]:
 
 
 def _local(message: memoryview) -> Address | None:
-    attributes = dict(_attributes(message, _ADDRESS.size))
-    raw = attributes.get(IFA_LOCAL) or attributes.get(IFA_ADDRESS)  # IFA_ADDRESS is the peer's on point-to-point links
+    fields = dict(attributes(message, _ADDRESS.size))
+    raw = fields.get(IFA_LOCAL) or fields.get(IFA_ADDRESS)  # IFA_ADDRESS is the peer's on point-to-point links
     return _address(raw)
 
 
@@ -200,7 +200,7 @@ def _answers(requests: socket.socket) -> tuple[list[memoryview], bool]:
     found: list[memoryview] = []
     interrupted = False
     while True:
-        for message in _messages(memoryview(requests.recv(BUFFER_BYTES))):
+        for message in messages(memoryview(requests.recv(BUFFER_BYTES))):
             interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
             if message.kind == NLMSG_DONE:
                 return found, interrupted
@@ -221,7 +221,7 @@ class _Message(NamedTuple):
         return -int(struct.unpack_from("=i", self.body)[0])
 
 
-def _messages(data: memoryview) -> Iterator[_Message]:
+def messages(data: memoryview) -> Iterator[_Message]:
     offset = 0
     while offset + _HEADER.size <= len(data):
         length, kind, flags, number, _ = _HEADER.unpack_from(data, offset)
@@ -229,7 +229,7 @@ def _messages(data: memoryview) -> Iterator[_Message]:
         offset += (length + 3) & ~3
 
 
-def _attributes(message: memoryview, offset: int) -> Iterator[tuple[int, memoryview]]:
+def attributes(message: memoryview, offset: int) -> Iterator[tuple[int, memoryview]]:
     while offset + 4 <= len(message):
         length, kind = struct.unpack_from("=HH", message, offset)
         if length < 4:

@@ -22,7 +22,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from xdplb.errors import ForeignProgram, NotCapable, NotPrivileged, XdplbError
 from xdplb.model import Address, AttachMode
-from xdplb.net import announce, bulk, rtnl
+from xdplb.net import announce, bulk, rtnl, wire
 from xdplb.net.attach_errors import Refusal, attach_error
 from xdplb.net.next_hops import HAS_MAC, Event, EventsLostError, Interface, Neighbour, NeighbourKey, Route
 
@@ -244,6 +244,14 @@ class Links:
         except NetlinkError as error:
             if error.code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
                 raise _failed(f"cannot release the neighbour {key.address}", error) from error
+
+    async def takes_redirected(self, index: int) -> bool | None:
+        """Whether frames that XDP redirects there are sent. None where this kernel does not tell."""
+        return await asyncio.to_thread(wire.takes_redirected, index)
+
+    async def checksums(self, interface: Interface) -> dict[bytes, bool]:
+        """Of the hosts that send packets just now, by MAC: whether checksums are finished. Takes half a second."""
+        return await asyncio.to_thread(wire.checksums, interface)
 
     def host_changes(self) -> AbstractContextManager[AsyncIterator[None]]:
         """Yields whenever interfaces, addresses or settings of this host have changed."""

@@ -130,6 +130,8 @@ class Kernel:
         self.programs: dict[int, Attached] = {}
         self.elsewhere: dict[Address, bytes] = {}
         self.refuses: Mapping[str, Exception] = {}
+        self.redirects: bool | None = None
+        self.senders: dict[bytes, bool] = {}
         self.changed = asyncio.Event()
 
     async def interfaces(self) -> list[Interface]:
@@ -156,6 +158,12 @@ class Kernel:
                 yield
 
         yield changes()
+
+    async def takes_redirected(self, index: int) -> bool | None:
+        return self.redirects
+
+    async def checksums(self, interface: Interface) -> dict[bytes, bool]:
+        return dict(self.senders)
 
     async def announce(self, interface: Interface, addresses: Iterable[Address]) -> None:
         self.log += [f"announce {address} on {interface.name}" for address in addresses]

@@ -16,7 +16,8 @@ from edges import FRONT, Kernel, config, service
 from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.host import Host
 from xdplb.errors import NotPrivileged, XdplbError
-from xdplb.model import Config, Forward, HostUpkeep, Upkeep
+from xdplb.model import AttachMode, Config, Forward, HostUpkeep, Upkeep
+from xdplb.net.links import Attached
 from xdplb.net.sysctl import Sysctls
 from xdplb.paths import Instance
 
@@ -242,3 +243,24 @@ async def test_what_is_mended_is_logged_once(given: Given) -> None:
 async def test_what_another_instance_relies_on_is_known(given: Given) -> None:
     await given.begin(WEB)
     assert given.noted["relies"] == [str(VIP)]
+
+
+@given
+async def test_what_lies_with_other_hosts_is_told(given: Given) -> None:
+    await given.begin(WEB)
+    given.kernel.programs[FRONT.index] = Attached(7, AttachMode.NATIVE)
+    given.kernel.redirects = False
+    unfinished, finished = bytes.fromhex("02000000aaaa"), bytes.fromhex("02000000bbbb")
+    given.kernel.senders = {unfinished: False, finished: True}
+    await given.host._surroundings.listen()
+    await given.host.reconcile()
+    expected = {("egress-no-redirect", "eth0"), ("checksums-unfinished", "eth0 02:00:00:00:aa:aa")}
+    assert given.told == expected
+    given.kernel.senders = {}
+    await given.host._surroundings.listen()
+    await given.host.reconcile()
+    assert given.told == expected, "it was only silent"
+    given.kernel.redirects, given.kernel.senders = None, {unfinished: True}
+    await given.host._surroundings.listen()
+    await given.host.reconcile()
+    assert not given.told
