@@ -33,6 +33,9 @@ Handler: TypeAlias = Callable[[Request], Awaitable[JSON]]
 
 MAX_REQUEST_BYTES = 16 << 20
 """Of one line. `diff` sends a whole configuration: 65,535 backends are about 5 MiB."""
+BACKLOG = 100
+LONGEST_PATH = 107
+"""sun_path of unix(7), with its zero at the end."""
 GRACE_S = 2.0
 """How long a closing server waits for answers that are under way."""
 
@@ -50,7 +53,7 @@ class ControlServer:
         self._closing = False
 
     async def __aenter__(self) -> Self:
-        listener = _bind(self._path)
+        listener = _listen(self._path)
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_REQUEST_BYTES)
         return self
 
@@ -138,20 +141,28 @@ def _refusal(error: XdplbError) -> bytes:
     return json.dumps({"ok": False, "error": refusals.encode(error)}).encode()
 
 
-def _bind(path: Path) -> socket.socket:
-    """A bound socket that never had wider rights than 0660, nor the wrong group once it listens."""
+def _listen(path: Path) -> socket.socket:
+    """A listening socket that never had wider rights than 0660, nor the wrong group.
+
+    It gets its name last: whoever finds it can connect.
+    """
     make_directory(path.parent)
-    path.unlink(missing_ok=True)
+    unready = path.with_suffix(".new")
+    unready.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        if len(bytes(path)) > LONGEST_PATH:
+            raise OSError(f"a socket's path has at most {LONGEST_PATH} bytes")
         listener.setblocking(False)
         with _umask(0o117):
-            listener.bind(str(path))
+            listener.bind(str(unready))
         with suppress(KeyError):
-            os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
+            os.chown(unready, -1, grp.getgrnam(GROUP).gr_gid)
+        listener.listen(BACKLOG)
+        unready.replace(path)
     except OSError as error:
         listener.close()
-        hint = "Another directory: XDPLB_RUNTIME_DIRECTORY." if len(str(path)) > 107 else ""
+        hint = "Another directory: XDPLB_RUNTIME_DIRECTORY." if len(bytes(path)) > LONGEST_PATH else ""
         raise XdplbError(f"cannot open the control socket {path}: {error.strerror or error}", hint) from None
     return listener
 

@@ -20,6 +20,7 @@ from controlling import serving
 from nobody import AS_NOBODY
 
 import xdplb
+from xdplb.api import server
 from xdplb.api.client import call
 from xdplb.api.messages import GROUP
 from xdplb.api.server import MAX_REQUEST_BYTES, ControlServer, Request
@@ -62,6 +63,20 @@ def exchange(connection: socket.socket, line: bytes) -> dict[str, object]:
         assert piece, "closed without an answer"
         answer += piece
     return json.loads(answer)
+
+
+def test_the_socket_has_its_name_only_once_it_listens(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[bool] = []
+
+    class Watched(socket.socket):
+        def listen(self, *backlog: int) -> None:
+            named.append(instance.control.exists())
+            super().listen(*backlog)
+
+    monkeypatch.setattr(server.socket, "socket", Watched)
+    with serving(instance.control, {}):
+        assert [path.name for path in instance.runtime.iterdir()] == [instance.control.name]
+    assert named[0] is False
 
 
 def test_a_request_reaches_its_handler_and_the_result_comes_back(instance: Instance) -> None:
