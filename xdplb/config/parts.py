@@ -19,27 +19,32 @@ from pydantic_core import CoreSchema
 from pydantic_core.core_schema import ModelSchema, WithDefaultSchema
 
 from xdplb import model
-from xdplb.config.values import (
-    DURATION,
-    NAME,
-    AffinityWord,
+from xdplb.config.check_values import (
     Authorities,
-    ControlLoss,
-    Endpoint,
     Expectation,
     ExpectationOf,
-    choice,
-    parse_affinity,
-    parse_allow,
     parse_authorities,
     parse_check_host,
     parse_check_path,
     parse_command,
+    parse_dns_name,
+    parse_expect,
+    parse_send,
+    parse_server_name,
+    parse_tls_version,
+)
+from xdplb.config.values import (
+    DURATION,
+    NAME,
+    AffinityWord,
+    ControlLoss,
+    Endpoint,
+    choice,
+    parse_affinity,
+    parse_allow,
     parse_control_loss,
     parse_deny,
-    parse_dns_name,
     parse_endpoint,
-    parse_expect,
     parse_hash_key,
     parse_host_interval,
     parse_idle,
@@ -48,11 +53,8 @@ from xdplb.config.values import (
     parse_limit,
     parse_listen,
     parse_name,
-    parse_send,
-    parse_server_name,
     parse_slow_start,
     parse_sources,
-    parse_tls_version,
     parse_tunnel_prefix,
 )
 from xdplb.model import (

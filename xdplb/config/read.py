@@ -15,9 +15,10 @@ from typing import TypedDict, cast
 
 from xdplb import model
 from xdplb.config import rules, yamllines
+from xdplb.config.check_values import Answer
 from xdplb.config.drafts import Draft, Report, read_part, read_services
 from xdplb.config.parts import BackendPart, CheckPart, FilePart, FlowCachePart, Schema, TlsPart
-from xdplb.config.values import Answer, told
+from xdplb.config.values import told
 from xdplb.errors import ConfigError
 from xdplb.model import CheckType, Rcode
 
