@@ -1,4 +1,4 @@
-"""How tests share a machine when pytest runs them in several processes (`-n 2 --dist loadfile`): hooks of conftest.py.
+"""How tests share a machine when pytest runs them in several processes (`-n 3 --dist loadfile`): hooks of conftest.py.
 
 A file's tests stay in one process, for they share laboratories and loaded programs. Each process has namespaces, pins
 and directories of its own. What remains to be shared is the CPUs: a test that is marked `alone` measures how long

@@ -1,6 +1,6 @@
 """Somebody does to the host whatever comes to mind, under load: it is right again soon each time, and clean at the end.
 
-CHAOS_S says for how long, 30 s by default; CHAOS_SEED which sequence.
+CHAOS_S says for how long, 12 s by default; CHAOS_SEED which sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stage import NO_CHECK, VIP, at, backends_of, balancing, fetch, service, tra
 from xdplb.lab.laboratory import HttpLoad, Laboratory, Shape, WebServer, await_until
 from xdplb.model import Forward
 
-DURATION_S = float(os.environ.get("CHAOS_S", "30"))
+DURATION_S = float(os.environ.get("CHAOS_S", "12"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 RIGHT_AGAIN_S = 2.0
 
