@@ -216,6 +216,7 @@ struct trace {
 	__u32 scheduled; /* that would if the packet were the first of its flow */
 	__u32 ifindex;   /* by which it leaves */
 	__u32 largest;   /* the largest IP packet that goes the same way */
+	__u32 in_use;    /* 1 where a SYN would go there as well, because what is remembered lives */
 };
 
 _Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");

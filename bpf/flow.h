@@ -4,6 +4,9 @@
  *
  * A flow of a settled slot needs no memory. In a slot that changed hands
  *  - a SYN goes to the slot's backend, and the flow is remembered;
+ *  - unless a flow of its ports is remembered that lives. Anybody can send a SYN, so it goes where that flow is, and changes
+ *    nothing: the backend that has the connection answers with a challenge (RFC 5961, section 4). Where the flow is closing,
+ *    or was silent for TIMEOUT_REUSE, the ports begin anew;
  *  - another packet goes where it is remembered; one of a flow that is not remembered began before the change: it goes to the
  *    backend that the slot had then, while that serves and until the deadline, and is remembered there.
  * What cannot be remembered, for want of place or of budget, is treated as older than the change, SYN or not: all its packets
@@ -47,8 +50,8 @@ struct flow {
 	__u32 service_id;
 	__u32 tick;
 	__u32 state;
-	bool opening;    /* a SYN: whatever was remembered of these ports is over */
-	bool unverified; /* a SYN: its source address may be forged, so it takes no live flow's place */
+	bool opening;    /* a SYN: begins a flow, unless one of these ports lives */
+	bool unverified; /* a SYN: its source address may be forged, so it takes no live flow's place, and refreshes none */
 	bool chooses;    /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
 };
 
@@ -220,10 +223,15 @@ static __always_inline __u64 *way(struct flow_set *set, __u32 place)
 	 (__u64)(closing) << 12 * FLOW_CLOSING | (__u64)TIMEOUT_DATAGRAM << 12 * FLOW_DATAGRAM)
 #define TIMEOUTS TIMEOUTS_WITH(TIMEOUT_CLOSING)
 
+static __always_inline __u64 idle_ticks(__u64 word, __u32 tick)
+{
+	return (tick - FLOW_TICK(word)) & 0xfff;
+}
+
 /* How dispensable a remembered flow is. */
 static __always_inline __u64 score(__u64 word, __u32 tick, const __u64 timeouts)
 {
-	__u64 idle = (tick - FLOW_TICK(word)) & 0xfff;
+	__u64 idle = idle_ticks(word, tick);
 	__u64 timeout = timeouts >> 12 * FLOW_STATE(word) & 0xfff;
 
 	return is_zero(word) * SCORE_FREE | (mask_less(timeout, idle) & SCORE_IDLE) |
@@ -320,10 +328,16 @@ static __always_inline void refresh_flow(__u64 *place, const struct flow *flow, 
 		replace_flow(place, word, fresh);
 }
 
-/* Does what is remembered hold for this packet? A SYN that was chosen a backend and comes again has it already. */
+/*
+ * Does what is remembered hold for this packet? For a SYN, while the flow lives. One that a backend was chosen for, and that
+ * comes again, has it already; a hash finds the same backend anyway.
+ */
 static __always_inline bool holds(const struct flow *flow, __u64 word)
 {
-	return !flow->opening || (HAVE_CHOICE && flow->chooses && FLOW_STATE(word) == FLOW_OPENING);
+	const __u64 reopening = HAVE_CHOICE && flow->chooses ? TIMEOUT_OPENING + 1 : 0;
+	const __u64 limits = reopening << 12 * FLOW_OPENING | (__u64)(TIMEOUT_REUSE) << 12 * FLOW_ESTABLISHED;
+
+	return !flow->opening || mask_less(idle_ticks(word, flow->tick), limits >> 12 * FLOW_STATE(word) & 0xfff);
 }
 
 /* Is the packet of a connection whose backend was removed, and the service one that says so? */
@@ -350,7 +364,8 @@ static __always_inline struct decision recall(const struct flow *flow, __u32 slo
 		backend = find_remembered(flow, word, &id);
 		if (backend) {
 			counters->recalled++;
-			refresh_flow(way(set, place), flow, word);
+			if (!flow->unverified)
+				refresh_flow(way(set, place), flow, word);
 			return decided_on(backend, id);
 		}
 	}

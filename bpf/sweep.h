@@ -23,7 +23,7 @@ static __always_inline bool is_kept(const struct service *service, __u64 word)
  */
 static __always_inline __u64 aged(__u64 word, __u32 tick)
 {
-	__u32 id = FLOW_BACKEND(word), idle = (tick - FLOW_TICK(word)) & 0xfff, limit;
+	__u32 id = FLOW_BACKEND(word), idle = idle_ticks(word, tick), limit;
 	struct backend *backend = backends.lookup(&id);
 	struct service *service = NULL;
 

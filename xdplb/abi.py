@@ -127,13 +127,15 @@ class Subject(enum.IntEnum):
 @dataclass(frozen=True, slots=True)
 class FlowTimes:
     """After how many ticks without a packet a remembered flow counts as ended, by state (the defaults are IPVS's),
-    how many flows a CPU remembers in a tick at most, and what a tick is: 2^tick_shift of the kernel's timer interrupts.
+    and after how many a SYN begins anew on an established flow's ports; how many flows a CPU remembers in a tick at
+    most; and what a tick is: 2^tick_shift of the kernel's timer interrupts.
     """
 
     opening: int = 60
     established: int = 900
     closing: int = 120
     datagram: int = 300
+    reuse: int = 60
     budget: int = 100_000
     tick_shift: int = 10
 
@@ -219,6 +221,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "TIMEOUT_ESTABLISHED": times.established,
         "TIMEOUT_CLOSING": times.closing,
         "TIMEOUT_DATAGRAM": times.datagram,
+        "TIMEOUT_REUSE": times.reuse,
         "SLOT_BACKEND": SLOT_BACKEND,
         "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
         "BACKEND_GONE": BACKEND_GONE,

@@ -282,7 +282,8 @@ class Service:
 @dataclass(frozen=True, slots=True)
 class FlowCache:
     """The memory of flows, in flows; how long a slot that changed hands gives flows that nobody remembers to its
-    previous backend; and after how long an idle flow counts as ended (the defaults are IPVS's).
+    previous backend; after how long an idle flow counts as ended (the defaults are IPVS's); and after how long a SYN
+    begins anew on the ports of an established one.
     """
 
     capacity: int = 262_144
@@ -291,6 +292,7 @@ class FlowCache:
     closing_s: float = 120.0
     opening_s: float = 60.0
     datagram_s: float = 300.0
+    reuse_s: float = 60.0
 
 
 class Upkeep(enum.StrEnum):

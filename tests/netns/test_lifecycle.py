@@ -189,7 +189,7 @@ def test_down_ends_a_daemon_that_is_still_starting(lab: Laboratory, balancer: Ba
     process = balancer.begin()
     process.wait_until(lambda: "unknown -> up" in process.log(), "it checks backends")
     balancer.down()
-    assert process.wait() == 0
+    assert process.wait() in (0, -signal.SIGKILL), "killed, if it was in the middle of compiling for too long"
 
 
 def test_down_after_a_kill_and_twice(lab: Laboratory, balancer: Balancer) -> None:

@@ -165,10 +165,12 @@ class _Story:
 
     def new_connection(self) -> NewConnection | None:
         """What a SYN would get, where that differs. UDP has none, and a client that stays where it is none that counts:
-        to both a new flow is like an old one.
+        to both a new flow is like an old one. One on the ports of a flow that lives begins none.
         """
         trace, service = self._trace, self._to_service
         if service is None or self._flow.protocol is not Protocol.TCP:
+            return None
+        if trace.reason is Reason.REMEMBERED and trace.in_use:
             return None
         by_client = ServiceFlag.BY_CLIENT in trace.flags
         if by_client and (service.scheduler.hashes or trace.reason is Reason.REMEMBERED):

@@ -240,6 +240,8 @@ class FlowCachePart(Part):
     """The same after a SYN alone."""
     datagram: _Idle = _FLOW_CACHE.datagram_s
     """The same of UDP."""
+    reuse: _Idle = _FLOW_CACHE.reuse_s
+    """After how long without a packet a SYN begins anew on the ports of an established TCP flow."""
 
 
 class HostPart(Part):

@@ -96,6 +96,7 @@ def _flow_cache(part: FlowCachePart) -> model.FlowCache:
         closing_s=part.closing,
         opening_s=part.opening,
         datagram_s=part.datagram,
+        reuse_s=part.reuse,
     )
 
 

@@ -50,6 +50,7 @@ class Clock:
             established=self.ticks(cache.established_s),
             closing=self.ticks(cache.closing_s),
             datagram=self.ticks(cache.datagram_s),
+            reuse=self.ticks(cache.reuse_s),
             tick_shift=self.shift,
         )
 

@@ -12,7 +12,19 @@ from xdplb.core.flow_cache import Flows
 
 VERDICTS = ("aborted", "drop", "pass", "tx", "redirect")
 """As in enum xdp_action."""
-_PLAIN = ("service", "slots", "slot", "remembered", "tick", "backend", "former", "scheduled", "ifindex", "largest")
+_PLAIN = (
+    "service",
+    "slots",
+    "slot",
+    "remembered",
+    "tick",
+    "backend",
+    "former",
+    "scheduled",
+    "ifindex",
+    "largest",
+    "in_use",
+)
 
 
 class Reason(enum.StrEnum):
@@ -69,6 +81,7 @@ class Trace:
     scheduled: int
     ifindex: int
     largest: int
+    in_use: int
     verdict: str
     before: bytes
     after: bytes

@@ -47,7 +47,7 @@ from xdplb.model import (
 KEY = HashKey.derive("flow tests")
 HASH = Hash(KEY.seed, KEY.factor)
 WINDOW = 900
-STILL = FlowTimes(opening=60, established=900, closing=120, datagram=300, tick_shift=40)
+STILL = FlowTimes(opening=60, established=900, closing=120, datagram=300, reuse=60, tick_shift=40)
 """A tick is 34 years or more, so none passes by itself. Jiffies begin at 2^32 less five minutes: 30 would not do."""
 FEATURES = Features(
     ipv4=True,

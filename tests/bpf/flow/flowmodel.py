@@ -84,10 +84,13 @@ class Pool:
 class Rule:
     """One service."""
 
-    def __init__(self, hasher: Hash, window: int, limits: Mapping[Kind, int], stateless: bool = False) -> None:
+    def __init__(
+        self, hasher: Hash, window: int, limits: Mapping[Kind, int], reuse: int, stateless: bool = False
+    ) -> None:
         self.hasher = hasher
         self.window = window
         self.limits = limits
+        self.reuse = reuse
         self.stateless = stateless
         self.tick = 0
         self.slots: list[Slot] = []
@@ -110,14 +113,20 @@ class Rule:
         if self.stateless:
             return self._schedule(hashed, pool)
         known = self.memory.get(flow)
-        if known and kind is not Kind.OPENS and pool.serves(known.backend):
-            known.see(self.tick, kind)
+        if known and pool.serves(known.backend) and (kind is not Kind.OPENS or self.in_use(flow)):
+            if kind is not Kind.OPENS:
+                known.see(self.tick, kind)
             return known.backend
         former = slot.former(self.tick)
         chosen = former if pool.serves(former) and kind is not Kind.OPENS else self._schedule(hashed, pool)
         if chosen is not None:
             self.memory[flow] = Memory(chosen, self.tick, kind)
         return chosen
+
+    def in_use(self, flow: Flow) -> bool:
+        """So that a SYN, which anybody can send, does not begin anew."""
+        known = self.memory.get(flow)
+        return known is not None and known.kind is Kind.GOES_ON and self.tick - known.tick < self.reuse
 
     def settle(self) -> int:
         """Returns how many slots are still in transition."""

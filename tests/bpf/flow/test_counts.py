@@ -75,11 +75,18 @@ class History:
             return
         state = self.state(flags)
         known = self.known.get(flow)
+        if flags == SYN and known and known.home == home and self.is_in_use(known):
+            return
         if known is None or flags == SYN or known.home != home:
             self.known[flow] = Known(home, state, self.tick, state is not CLOSING)
             return
         known.state = FlowState(known.state | state)
         known.tick, known.counts = self.tick, known.state is not CLOSING
+
+    def is_in_use(self, known: Known) -> bool:
+        """So that a SYN changes nothing."""
+        idle = self.tick - known.tick
+        return idle <= STILL.opening if known.state is OPENING else known.state is ESTABLISHED and idle < STILL.reuse
 
     def state(self, flags: int) -> FlowState:
         if self.udp:

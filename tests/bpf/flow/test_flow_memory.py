@@ -119,7 +119,7 @@ class TestAFullSet:
         assert flows
 
     def test_ports_that_begin_anew_need_no_other_place(self, tiny: Lab) -> None:
-        flows = self.fill(tiny)
+        flows = self.fill(tiny, FIN | ACK)
         for flow in flows:
             assert tiny.syn(flow) == tiny.owner(flow) != "a"
         assert tiny.remembered == PLACES
@@ -155,6 +155,7 @@ class TestTheBudget:
         assert lab.send(flow) == "a"
         lab.spend_budget(STILL.budget)
         assert lab.send(flow) == "a"
+        assert lab.send(flow, FIN | ACK) == "a"
         assert lab.syn(flow) == lab.send(flow) == lab.owner(flow)
         assert counted(lab, "not_remembered") == (0,)
 

@@ -33,7 +33,7 @@ class History:
     moved: int = 0
 
     def __post_init__(self) -> None:
-        self.rule = Rule(HASH, WINDOW, LIMITS, self.stateless)
+        self.rule = Rule(HASH, WINDOW, LIMITS, STILL.reuse, self.stateless)
         self.rule.turn(self.lab.table())
         self.alive: dict[Flow, str] = {}
         self.settled_at = 0
@@ -115,17 +115,18 @@ class History:
         flow = self.random.choice(self.flows[-200:])
         flags = self.random.choice([SYN, ACK, ACK, ACK, FIN | ACK])
         pool = self.pool()
+        in_use = self.rule.in_use(flow)
         wanted = self.rule.packet(flow, self.lab.hash(flow), KINDS[flags], pool)
         got = self.lab.send(flow, flags)
         assert got == wanted, (flow, KINDS[flags])
-        self.hold_to_the_purpose(flow, flags, got, pool)
+        self.hold_to_the_purpose(flow, flags, got, pool, in_use)
 
-    def hold_to_the_purpose(self, flow: Flow, flags: int, got: str | None, pool: Pool) -> None:
+    def hold_to_the_purpose(self, flow: Flow, flags: int, got: str | None, pool: Pool, in_use: bool) -> None:
         """A flow stays where it is while that backend serves; whoever takes no new flows gets none."""
         home = self.alive.get(flow)
         if flags == SYN:
             statuses = self.lab.engine.statuses
-            assert got is None or statuses.get(BackendKey("web", got)).admin is Admin.ACTIVE
+            assert in_use or got is None or statuses.get(BackendKey("web", got)).admin is Admin.ACTIVE
         elif home is not None and pool.serves(home) and not self.stateless:
             assert got == home
         self.moved += home is not None and got != home

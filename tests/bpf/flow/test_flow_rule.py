@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import pytest
-from flowlab import ACK, FIN, RST, SYN, WINDOW, Lab, service
+from flowlab import ACK, FIN, RST, STILL, SYN, WINDOW, Lab, service
 from flowmodel import Flow
 
 from xdplb.model import Admin, FlowMemory, Protocol, Scheduler
@@ -188,13 +188,42 @@ def test_a_draining_backend_gets_no_new_flow_and_one_of_weight_0_neither(either:
     assert either.sent_to(either.flows(500), SYN) == {"c": 500}
 
 
-def test_a_new_flow_on_the_ports_of_one_of_a_draining_backend_begins_anew(either: Lab) -> None:
-    flow = either.flow(of="a")
-    either.drain("a")
-    assert either.send(flow) == "a"
-    current = either.owner(flow)
-    assert either.syn(flow) == either.send(flow) == current != "a"
-    assert either.remembered == 1
+class TestASynOnPortsInUse:
+    """Anybody can send one, in anybody's name."""
+
+    def test_goes_to_the_backend_that_has_the_flow_and_changes_nothing(self, either: Lab) -> None:
+        flows = either.flows(10, of="a")
+        either.drain("a")
+        assert either.sent_to(flows) == {"a": 10}
+        either.pass_time(STILL.reuse - 1)
+        before = either.plane.flow_words.copy()
+        for _ in range(20):
+            assert either.sent_to(flows, SYN) == {"a": 10}
+        assert (either.plane.flow_words == before).all()
+        assert either.sent_to(flows) == {"a": 10}
+
+    @pytest.mark.parametrize("last", [FIN | ACK, RST], ids=["closing", "reset"])
+    def test_begins_anew_where_the_flow_is_at_its_end(self, either: Lab, last: int) -> None:
+        flow = either.flow(of="a")
+        either.drain("a")
+        assert either.send(flow) == either.send(flow, last) == "a"
+        assert either.syn(flow) == either.send(flow) == either.owner(flow) != "a"
+        assert either.remembered == 1
+
+    def test_begins_anew_where_the_flow_was_silent_for_long(self, either: Lab) -> None:
+        flow = either.flow(of="a")
+        either.drain("a")
+        assert either.send(flow) == "a"
+        either.pass_time(STILL.reuse)
+        assert either.syn(flow) == either.send(flow) == either.owner(flow) != "a"
+        assert either.remembered == 1
+
+    def test_begins_anew_where_the_backend_is_down(self, either: Lab) -> None:
+        flow = either.flow(of="a")
+        either.drain("a")
+        assert either.send(flow) == "a"
+        either.fail("a")
+        assert either.syn(flow) == either.send(flow) == either.owner(flow) != "a"
 
 
 def test_when_all_drain_new_flows_are_refused_and_old_ones_stay(either: Lab) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from flowlab import ACK, FIN, SYN, WINDOW, Lab, service
+from flowlab import ACK, FIN, STILL, SYN, WINDOW, Lab, service
 from flowmodel import Flow
 
 from xdplb.model import Admin, BackendKey, FlowMemory, HealthState, OnAllDown, Protocol, Scheduler
@@ -183,12 +183,30 @@ class TestFlowsStay:
         choosing.recover("b")
         assert {flow: choosing.send(flow) for flow in homes} == moved
 
-    def test_a_new_flow_on_the_ports_of_one_that_lives_begins_anew(self, choosing: Lab, scheduler: Scheduler) -> None:
+    def test_a_strangers_syn_moves_no_flow_and_counts_none(self, choosing: Lab, scheduler: Scheduler) -> None:
+        start(choosing, scheduler, {"a": 1, "b": 2, "c": 3})
+        homes = {flow: choosing.syn(flow) for flow in choosing.flows(100)}
+        assert {flow: choosing.send(flow) for flow in homes} == homes
+        choosing.pass_time(STILL.reuse - 1)
+        active, words = choosing.active(), choosing.plane.flow_words.copy()
+        for _ in range(3):
+            assert {flow: choosing.syn(flow) for flow in homes} == homes
+        assert choosing.active() == active
+        assert (choosing.plane.flow_words == words).all()
+
+    @pytest.mark.parametrize("end", ["closed", "silent"])
+    def test_a_new_flow_on_the_ports_of_one_that_ended_begins_anew(
+        self, choosing: Lab, scheduler: Scheduler, end: str
+    ) -> None:
         start(choosing, scheduler, {"a": 1, "b": 1})
         flow = choosing.flow()
         home = str(choosing.syn(flow))
         assert choosing.send(flow) == home
         choosing.drain(home)
+        if end == "closed":
+            assert choosing.send(flow, FIN | ACK) == home
+        else:
+            choosing.pass_time(STILL.reuse)
         other = "ab".replace(home, "")
         assert choosing.syn(flow) == choosing.send(flow) == other
         assert choosing.active() == {home: 0, other: 1}

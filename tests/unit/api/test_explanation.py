@@ -56,6 +56,7 @@ SETTLED = Trace(
     scheduled=B,
     ifindex=1,
     largest=1500,
+    in_use=0,
     verdict="tx",
     before=FRAME,
     after=FRAME,
@@ -126,7 +127,7 @@ def a_record(**values: Any) -> np.void:
     """What the program leaves, with a layout of our own."""
     names = ("subject", "service", "service_flags", "slots", "slot", "slot_word", "tick", "backend", "former")
     layout: list[Any] = [("remembered", "<u8"), ("transition", [("previous", "<u4"), ("deadline", "<u4")])]
-    layout += [(name, "<u4") for name in (*names, "scheduled", "ifindex", "largest")]
+    layout += [(name, "<u4") for name in (*names, "scheduled", "ifindex", "largest", "in_use")]
     record = np.zeros(1, layout)[0]
     for name, value in values.items():
         record[name] = value
