@@ -52,7 +52,7 @@ struct interval {
 
 struct service {
 	struct address address;
-	__u32 slots;                /* index of its first slot; written together with slot_mask as one word */
+	__u32 slots;                /* index of its first slot; written and read together with slot_mask as one word */
 	__u32 slot_mask;            /* number of its slots, a power of two, less one */
 	__u32 sequence;             /* index, among the slots, of its wrr sequence */
 	__u32 sequence_length;      /* 0 where the scheduler needs none */
@@ -222,6 +222,7 @@ struct trace {
 _Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");
 _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");
+_Static_assert(__builtin_offsetof(struct service, slots) % 8 == 0, "slots and slot_mask are one word");
 _Static_assert(sizeof(struct backend) == 64, "a backend is one cache line");
 _Static_assert(sizeof(struct nat_flow_key) == 40, "no hidden padding in keys");
 _Static_assert(sizeof(struct fragment_key) == 40, "no hidden padding in keys");

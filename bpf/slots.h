@@ -12,9 +12,12 @@
 #include "hash.h"
 #include "maps.h"
 
+/* `slots` and `slot_mask` are read as the one word that they are written as: so no packet mixes two tables of a service. */
 static __always_inline __u32 slot_index(const struct service *service, __u64 hash)
 {
-	return (service->slots + ((__u32)hash & service->slot_mask)) & (SLOTS - 1);
+	__u64 table = *(const volatile __u64 *)&service->slots;
+
+	return ((__u32)table + ((__u32)hash & table >> 32)) & (SLOTS - 1);
 }
 
 static __always_inline __u32 read_slot(__u32 index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -18,6 +19,7 @@ from xdplb import abi
 from xdplb.core import maglev
 from xdplb.core.address_table import address_words
 from xdplb.core.weights import configured_weight
+from xdplb.dataplane import syscall
 from xdplb.model import BackendKey, Protocol, Service
 
 FLOWS = 3000
@@ -241,3 +243,42 @@ def test_an_address_is_found_in_either_of_its_two_buckets(world: World) -> None:
         )
         assert verdict is not Verdict.PASS
     assert moved
+
+
+def test_no_packet_mixes_two_tables_of_a_service(world: World) -> None:
+    """A table that grows is a new one in another place. Between the two turns a trap: the slots that a packet meets
+    which takes the place of one table and the size of the other.
+    """
+    name, trap, size = f"down tcp {DOWN[0]}", world.backend_id("pool4"), 1 << 14
+    report = icmp(
+        Flow(ROUTER[4], DOWN[0]),
+        ERRORS[4]["time exceeded"],
+        quotation(tcp("A"), Flow(DOWN[0], CLIENT[4], 80, 40000), 8),
+    )
+    services, slots, entry = world.plane.services, world.plane.slots, world.engine.applied.services[name]
+    first = len(slots) - 2 * size
+    assert not slots[first:].any()
+    before = services.raw[entry.id].copy()
+    tables = []
+    for place, mask in ((first, 0), (first + size, size - 1)):
+        services.entries["slots"][entry.id], services.entries["slot_mask"][entry.id] = place, mask
+        tables.append(services.raw[entry.id].tobytes())
+    over = threading.Event()
+
+    def turn() -> None:
+        while not over.is_set():
+            for table in tables:
+                services.write(entry.id, table)
+
+    turning = threading.Thread(target=turn)
+    forwarded = world.counters().get("pool4/a.packets")
+    slots[first + 1 : first + size] = trap
+    turning.start()
+    try:
+        syscall.test_run(world.plane.program_fd, raw(frame(report)), 2_000_000, world.interfaces["front"])
+    finally:
+        over.set()
+        turning.join()
+        services.raw[entry.id] = before
+        slots[first:] = 0
+    assert world.counters().get("pool4/a.packets") == forwarded
