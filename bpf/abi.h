@@ -152,7 +152,7 @@ struct drop_counters {
 	__u64 no_backend;       /* no backend serves and the service has nothing better to say */
 	__u64 rejected;         /* no backend serves: answered with a reset or an ICMP error */
 	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */
-	__u64 fragment_unknown; /* a fragment whose first one did not pass here */
+	__u64 fragment_unknown; /* a fragment that may be a service's, whose first one did not pass here */
 	__u64 ports_exhausted;  /* full NAT: all places that the flow could have are taken by live ones */
 	__u64 unanswerable;     /* an answer was due, but the packet must not have one (RFC 1122 3.2.2; a reset) */
 };
@@ -186,8 +186,8 @@ struct fragment_key {
 };
 
 struct fragment {
-	__u32 backend;
-	__u32 reply; /* 1: on its way from the backend */
+	__u32 backend; /* 0: for no service */
+	__u32 reply;   /* 1: on its way from the backend */
 };
 
 /* Metadata of a tail call: what one program leaves for the next one. */

@@ -60,7 +60,7 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 	enum route route;
 
 	if (!find_reply_to(source, destination_port(p), &p->source, source_port(p), p->protocol, &to) || hops_used_up(p))
-		return pass();
+		return pass_to_kernel(p, true);
 	refresh_mapping(to.word, p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0);
 	route = find_route(p, &to.service->address, &to.tuple->client, &fib);
 	if (route == ROUTE_TOO_BIG)

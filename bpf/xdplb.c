@@ -74,7 +74,7 @@ static __always_inline int not_for_service(struct packet *p, const struct addres
 	if (!(from && from->replies.count) && !(to && to->replies.count))
 		return pass();
 	if (full && p->fragment == LATER_FRAGMENT)
-		return later_fragment(p, false);
+		return later_fragment(p, (struct interval_range){});
 	switch (parse_transport(p, full)) {
 	case PARSED:
 		break;
@@ -129,7 +129,7 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	if (parsed == PARSE_FULL)
 		return continue_at(ctx, STAGE_FULL); /* options, fragments */
 	if (full && p->fragment == LATER_FRAGMENT)
-		return later_fragment(p, true);
+		return later_fragment(p, to->services);
 	switch (parse_transport(p, full)) {
 	case PARSED:
 		break;
@@ -138,11 +138,11 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	case PARSE_MALFORMED:
 		return drop(0, REASON(malformed));
 	default:
-		return pass(); /* neither TCP nor UDP */
+		return pass_to_kernel(p, full); /* neither TCP nor UDP */
 	}
 	service = find_interval(to->services, port_key(p->protocol, destination_port(p)));
 	if (!service)
-		return pass(); /* another port of that address */
+		return pass_to_kernel(p, full); /* another port of that address */
 	return balance(p, service, full);
 }
 

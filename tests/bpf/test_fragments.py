@@ -116,14 +116,8 @@ def others() -> Iterator[Case]:
         yield Case(f"a later IPv{version} fragment to no service passes", elsewhere, Verdict.PASS)
         unserved = frame(fragments(DATAGRAM)[0](replace(flow, port=54)))
         yield Case(f"a first IPv{version} fragment to no service passes", unserved, Verdict.PASS)
-        counts = drop("fragment_unknown")
         yield Case(
-            f"a later IPv{version} fragment behind one to no service is unknown",
-            middle,
-            Verdict.DROP,
-            None,
-            counts,
-            (unserved,),
+            f"a later IPv{version} fragment behind one to no service passes", middle, Verdict.PASS, before=(unserved,)
         )
     yield from options_behind_the_fragment_header()
     tiny = frame(fragments(tcp("S", bytes(16)), size=16)[0](Flow(CLIENT[4], NAT[4].vip)))
@@ -133,6 +127,73 @@ def others() -> Iterator[Case]:
     tiny = frame(fragments(tcp("S", bytes(16)), size=8)[0](Flow(CLIENT[6], NAT[6].vip)))
     yield Case(
         "a first IPv6 fragment that ends within the TCP header is dropped", tiny, Verdict.DROP, None, drop("malformed")
+    )
+
+
+TCP_ONLY = {4: "203.0.113.20", 6: "2001:db8:a::20"}
+UDP_ONLY = "203.0.113.14"
+NEITHER = {"GRE": 47, "ESP": 50, "SCTP": 132}
+
+
+def of_protocol(protocol: int, version: int, build: Build = DATAGRAM) -> tuple[Build, ...]:
+    """Fragments that say they are of another protocol."""
+
+    def relabelled(piece: Build) -> Build:
+        def named(flow: Flow) -> Packet:
+            packet = piece(flow)
+            if version == 4:
+                packet.proto = protocol
+            else:
+                packet[IPv6ExtHdrFragment].nh = protocol
+            return packet
+
+        return named
+
+    return tuple(relabelled(piece) for piece in fragments(build))
+
+
+def to_the_host() -> Iterator[Case]:
+    """To an address of services, and for none of them: a fragment goes where its first one went, to the kernel."""
+    for version, mode in NAT.items():
+        alone = Flow(CLIENT[version], TCP_ONLY[version], port=53)
+        first, middle, last = (frame(piece(alone)) for piece in fragments(DATAGRAM))
+        for title, piece in (("first", first), ("middle", middle), ("last", last)):
+            yield Case(f"the {title} IPv{version} UDP fragment to an address of TCP passes", piece, Verdict.PASS)
+        segment = frame(fragments(tcp("PA", bytes(range(48))))[1](alone))
+        yield Case(
+            f"an unknown IPv{version} TCP fragment to an address of TCP is dropped",
+            segment,
+            Verdict.DROP,
+            counts=drop("fragment_unknown"),
+        )
+        for name, protocol in NEITHER.items():
+            for index, piece in enumerate(of_protocol(protocol, version)):
+                packet = frame(piece(mode.flow("udp")))
+                yield Case(f"IPv{version} fragment {index} of {name} passes", packet, Verdict.PASS)
+        tagged = [
+            frame(piece(replace(mode.flow("udp"), port=54)), tags=TAGS["QinQ tags"]) for piece in fragments(DATAGRAM)
+        ]
+        yield Case(
+            f"a tagged IPv{version} fragment follows its first one to the kernel",
+            tagged[2],
+            Verdict.PASS,
+            before=(tagged[0],),
+        )
+    _, behind, _ = of_protocol(60, 6)
+    yield Case(
+        "an unknown fragment behind destination options may be a service's",
+        frame(behind(DSR[6].flow("udp"))),
+        Verdict.DROP,
+        counts=drop("fragment_unknown"),
+    )
+    flow = Flow(CLIENT[4], UDP_ONLY)
+    segment, datagram = (fragments(build)[1](flow) for build in (tcp("PA", bytes(range(48))), DATAGRAM))
+    yield Case("a later TCP fragment to an address of UDP passes", frame(segment), Verdict.PASS)
+    yield Case(
+        "an unknown UDP fragment to an address of UDP is dropped",
+        frame(datagram),
+        Verdict.DROP,
+        counts=drop("fragment_unknown"),
     )
 
 
@@ -183,6 +244,6 @@ def replies() -> Iterator[Case]:
         yield Case(f"a later fragment of an unknown IPv{version} reply passes", frames[1], Verdict.PASS, arrives="back")
 
 
-@pytest.mark.parametrize("case", [*to_backends(), *others(), *replies()], ids=str)
+@pytest.mark.parametrize("case", [*to_backends(), *others(), *to_the_host(), *replies()], ids=str)
 def test_fragments(world: World, case: Case) -> None:
     world.check(case)

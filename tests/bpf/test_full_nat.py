@@ -304,6 +304,13 @@ def test_later_fragments_are_dropped_and_counted(gateway: Gateway) -> None:
         assert gateway.run(frame(piece(flow)))[0] is Verdict.DROP
 
 
+def test_fragments_of_what_the_host_itself_asked_for_pass(gateway: Gateway, version: int) -> None:
+    """To a source address of full NAT, which is the host's own as well."""
+    flow = Flow(CLIENT[version], SOURCE[version], 53, 60999)
+    for piece in fragments(udp(bytes(60))):
+        assert gateway.run(frame(piece(flow)))[0] is Verdict.PASS
+
+
 @pytest.mark.parametrize("length", [8, 20, None], ids=["8 bytes", "a TCP header", "all"])
 def test_an_error_about_an_answer_reaches_the_backend(gateway: Gateway, version: int, length: int | None) -> None:
     """A router on the way to the client tells the service; the backend must find its own packet quoted."""
