@@ -13,8 +13,9 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packets import CLIENT, EXTENSIONS, OPTIONS, TAGS, Flow, Verdict, fragments, frame, raw, tcp, udp
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import IP, UDP, IPOption
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
+from scapy.layers.l2 import Dot1AD, Dot1Q
 from scapy.packet import Packet, Raw
 
 from xdplb.dataplane import syscall
@@ -25,25 +26,32 @@ GATEWAY = {4: "10.0.1.254", 6: "fd00:1::fe"}
 STRANGER = {4: "10.0.2.254", 6: "fd00:2::fe"}
 LOCAL = {4: "10.0.1.3", 6: "fd00:1::3"}
 VIP = {4: "203.0.113.3", 6: "2001:db8:a::3"}
+ANYCAST = {4: "198.18.0.0/15", 6: "2001:db8:aa::/48"}
+"""Networks that are local to the backend as a whole."""
 FAMILIES = tuple(itertools.product((4, 6), (4, 6)))
 NOT_ECT, ECT1, ECT0, CE = range(4)
 
 
 class Decap:
     def __init__(self, only_gateways: bool) -> None:
-        flags = ["-DGUE_PORT=6080", f"-DONLY_GATEWAYS={int(only_gateways)}"]
+        flags = ["-DGUE_PORT=6080", "-DMAX_ADDRESSES=64", f"-DONLY_GATEWAYS={int(only_gateways)}"]
         self._bpf, programs = load_programs(bundle("decap.c"), flags, ["xdplb_decap"])
         self.program = programs["xdplb_decap"]
         for address in LOCAL.values():
             self._update("local_addresses", self._words(address), 1)
         for prefix in ("10.0.1.0/24", "fd00:1::/64"):
-            network = ip_network(prefix)
-            length = network.prefixlen + (96 if network.version == 4 else 0)
-            self._update("gateways", length.to_bytes(4, "little") + self._words(str(network.network_address)), 1)
+            self._update("gateways", self._trie_key(prefix), 1)
+        for prefix in (*LOCAL.values(), *VIP.values(), *ANYCAST.values()):
+            self._update("local_networks", self._trie_key(prefix), 1)
 
     def _words(self, address: str) -> bytes:
         packed = ip_address(address).packed
         return packed if len(packed) == 16 else bytes(10) + b"\xff\xff" + packed
+
+    def _trie_key(self, prefix: str) -> bytes:
+        network = ip_network(prefix)
+        length = network.prefixlen + (96 if network.version == 4 else 0)
+        return length.to_bytes(4, "little") + self._words(str(network.network_address))
 
     def _update(self, name: str, key: bytes, value: int) -> None:
         syscall.update(self._bpf[name.encode()].map_fd, key, value.to_bytes(4, "little"))
@@ -180,9 +188,6 @@ def left_alone() -> Iterator[Case]:
             f"IPv{version} gue to another address", frame(gue(version, inner(4), destination=STRANGER[version]))
         )
         yield alone(f"IPv{version} gue to another port", frame(gue(version, inner(4), port=6081)))
-        for name, tags in list(TAGS.items())[1:]:
-            yield alone(f"IPv{version} ipip with {name}", frame(ipip(version, inner(4)), tags=tags))
-            yield alone(f"IPv{version} gue with {name}", frame(gue(version, inner(4)), tags=tags))
         short = raw(frame(gue(version, inner(4))))[: 14 + (20 if version == 4 else 40) + 7]
         yield alone(f"IPv{version} that ends within the UDP header", short, faulty=True)
         short = raw(frame(ipip(version, inner(4))))[: 14 + (19 if version == 4 else 39)]
@@ -193,33 +198,126 @@ def left_alone() -> Iterator[Case]:
         packet = ipip(4, inner(4))
         packet.flags, packet.frag = flags, offset
         yield alone(f"a fragment of a tunnel packet, offset {offset},", frame(packet))
-    with_options = ipip(4, inner(4))
-    with_options.options = b"\x94\x04\x00\x00"
-    yield alone("ipip with outer options", frame(with_options))
     yield alone(
         "a tunnel packet behind a fragment header",
         frame(IPv6(src=GATEWAY[6], dst=LOCAL[6]) / IPv6ExtHdrFragment(nh=4) / Raw(raw(inner(4)))),
     )
 
 
+def changed(packet: Packet, offset: int, new: int) -> bytes:
+    """The frame with one byte, counted from its IP header, turned into another."""
+    data = bytearray(raw(packet))
+    assert data[14 + offset] != new
+    data[14 + offset] = new
+    return bytes(data)
+
+
+def no_packet_inside() -> Iterator[tuple[str, bytes]]:
+    yield "nothing", b""
+    yield "19 bytes of IPv4", raw(inner(4))[:19]
+    yield "39 bytes of IPv6", raw(inner(6))[:39]
+    yield "IPv4 that says to be longer than the outer packet", raw(inner(4))[:-1]
+    yield "IPv6 that says to be longer than the outer packet", raw(inner(6))[:-1]
+    yield "IPv4 whose header is longer than itself", b"\x4f" + raw(inner(4))[1:]
+    yield "IPv4 whose header is too short", b"\x44" + raw(inner(4))[1:]
+    for nibble in (0, 1, 5, 7, 15):
+        yield f"version {nibble}", bytes([nibble << 4]) + raw(inner(4))[1:]
+
+
 def malformed() -> Iterator[Case]:
-    for version, (name, tunnel) in itertools.product((4, 6), TUNNELS.items()):
+    """The protocol of ipip promises an IP packet; a UDP port promises nothing."""
+    for version in (4, 6):
+        for title, content in no_packet_inside():
+            packet = frame(outer(version, reference.IPIP) / Raw(content))
+            yield Case(f"IPv{version} ipip with {title} inside is dropped", packet, None, "malformed", faulty=True)
+            packet = frame(gue(version, content))
+            yield Case(f"IPv{version} UDP with {title} inside passes untouched", packet, faulty=True)
+        texts = {"text": b"GET / HTTP/1.1\r\n\r\n", "zeros": bytes(60), "GUE variant 0": b"\x00\x04"}
+        for title, content in texts.items():
+            packet = frame(gue(version, content, source=STRANGER[version]))
+            yield Case(f"{title} over IPv{version} to the port of gue passes untouched", packet, faulty=True)
+            yield Case(f"{title} over IPv{version} from a stranger passes untouched", packet, faulty=True, strict=True)
+        padded = raw(frame(outer(version, reference.IPIP) / Raw(raw(inner(4))[:-4]))) + raw(inner(4))[-4:]
+        yield Case(f"IPv{version} ipip that ends in the padding is dropped", padded, None, "malformed", faulty=True)
+        padded = raw(frame(gue(version, raw(inner(4))[:-4]))) + raw(inner(4))[-4:]
+        yield Case(f"IPv{version} gue that ends in the padding passes untouched", padded, faulty=True)
+    for version, protocol in ((4, reference.IPV6), (6, reference.IPIP)):
+        packet = frame(outer(4, protocol) / Raw(raw(inner(version))))
+        yield Case(f"IPv{version} under the other's protocol number is dropped", packet, None, "malformed")
 
-        def bad(title: str, content: bytes, version: int = version, name: str = name, tunnel: Any = tunnel) -> Case:
-            header = (
-                outer(version, reference.IPIP)
-                if name == "ipip"
-                else outer(version, reference.UDP) / UDP(sport=50000, dport=6080, chksum=0)
-            )
-            return Case(
-                f"IPv{version} {name} {title} is dropped", frame(header / Raw(content)), None, "malformed", faulty=True
-            )
 
-        yield bad("with nothing inside", b"")
-        yield bad("with 19 bytes of IPv4 inside", raw(inner(4))[:19])
-        yield bad("with 39 bytes of IPv6 inside", raw(inner(6))[:39])
-        for nibble in (0, 5, 7, 15):
-            yield bad(f"with version {nibble} inside", bytes([nibble << 4]) + raw(inner(4))[1:])
+def bad_outside() -> Iterator[Case]:
+    """What the outer packet's receiver has to discard is the kernel's to discard."""
+    for name, tunnel in TUNNELS.items():
+        good = frame(tunnel(4, inner(4)))
+        for title, offset, new in (("TTL", 8, 63), ("checksum", 11, 0x5A), ("source", 15, 9)):
+            yield Case(f"{name} with another {title} passes untouched", changed(good, offset, new), faulty=True)
+        for version in (4, 6):
+            header = tunnel(version, inner(4))
+            setattr(header, "len" if version == 4 else "plen", 2000)
+            what = f"{name} with an IPv{version} length beyond the frame"
+            yield Case(f"{what} passes untouched", frame(header), faulty=True)
+    for version in (4, 6):
+        for content in (inner(4), udp(b"odd")(Flow(CLIENT[6], VIP[6], port=53))):
+            summed = outer(version, reference.UDP) / UDP(sport=50000, dport=6080) / Raw(raw(content))
+            what = f"IPv{version} gue with a checksum over {len(content)} bytes"
+            yield Case(f"{what} is taken off", frame(summed), frame(content), "gue")
+            for at in (len(raw(summed)) - 1, len(raw(summed)) - 2, 20 if version == 4 else 40):
+                wrong = changed(frame(summed), at, raw(summed)[at] ^ 0x10)
+                yield Case(f"{what} and byte {at} wrong passes untouched", wrong, faulty=True)
+        large = udp(bytes(range(256)) * 12)(Flow(CLIENT[4], VIP[4], port=53))
+        summed = outer(version, reference.UDP) / UDP(sport=50000, dport=6080) / Raw(raw(large))
+        yield Case(f"IPv{version} gue with a checksum over 3100 bytes is taken off", frame(summed), frame(large), "gue")
+
+
+def more_outside() -> Iterator[Case]:
+    """Tags, options, and the option that Linux' own tunnels put in front."""
+    for (outside, inside), (name, tunnel) in itertools.product(FAMILIES, TUNNELS.items()):
+        packet = tunnel(outside, inner(inside))
+        priority: tuple[Packet, ...] = (Dot1Q(vlan=0, prio=5),)
+        for title, tags in (*list(TAGS.items())[1:], ("a priority tag", priority)):
+            what = f"{name} of IPv{inside} in IPv{outside} with {title}"
+            yield Case(f"{what} is taken off", frame(packet, tags=tags), frame(inner(inside), tags=tags), name)
+        three = (Dot1AD(vlan=7), Dot1Q(vlan=5), Dot1Q(vlan=6))
+        yield Case(f"{name} of IPv{inside} in IPv{outside} with three tags passes untouched", frame(packet, tags=three))
+    for (title, options), (name, tunnel) in itertools.product(OPTIONS.items(), TUNNELS.items()):
+        packet = tunnel(4, inner(4))
+        packet.options = [IPOption(options)]
+        tags = TAGS["QinQ tags"]
+        yield Case(f"{name} behind {title} is taken off", frame(packet), frame(inner(4)), name)
+        yield Case(
+            f"{name} behind {title} and tags is taken off", frame(packet, tags=tags), frame(inner(4), tags=tags), name
+        )
+    for inside, (name, tunnel) in itertools.product((4, 6), TUNNELS.items()):
+        for title, data, taken in (
+            ("an encapsulation limit", b"\x04\x01\x04\x01\x01\x00", True),
+            ("a home address", b"\xc9\x10" + bytes(20), False),
+            ("an unknown option", b"\x9e\x01\x00\x01\x01\x00", False),
+        ):
+            packet = tunnel(6, inner(inside))
+            options = bytes([packet.nh, (len(data) - 6) // 8]) + data
+            behind = frame(outer(6, 60) / Raw(options + raw(packet.payload)))
+            what = f"IPv{inside} in {name} behind {title}"
+            if taken:
+                yield Case(f"{what} is taken off", behind, frame(inner(inside)), name)
+            else:
+                yield Case(f"{what} passes untouched", behind, faulty=True)
+
+
+def destinations() -> Iterator[Case]:
+    """A backend takes what is for itself, and is no router for others."""
+    elsewhere = {4: "198.51.100.99", 6: "2001:db8:ff::99"}
+    loopback = {4: "127.0.0.1", 6: "::1"}
+    many = {4: "224.0.0.1", 6: "ff02::1"}
+    anycast = {4: "198.19.7.7", 6: "2001:db8:aa:7::7"}
+    for (outside, inside), (name, tunnel) in itertools.product(FAMILIES, TUNNELS.items()):
+        for title, addresses in (("another host", elsewhere), ("the loopback", loopback), ("many hosts", many)):
+            packet = tcp("PA", b"data")(Flow(CLIENT[inside], addresses[inside]))
+            what = f"IPv{inside} for {title} in {name} in IPv{outside}"
+            yield Case(f"{what} is dropped", frame(tunnel(outside, packet)), None, "not_local")
+        packet = tcp("PA", b"data")(Flow(CLIENT[inside], anycast[inside]))
+        what = f"IPv{inside} for a local network in {name} in IPv{outside}"
+        yield Case(f"{what} is taken off", frame(tunnel(outside, packet)), frame(packet), name)
 
 
 def gateways() -> Iterator[Case]:
@@ -236,7 +334,13 @@ def gateways() -> Iterator[Case]:
     yield replace(passing, title="a stranger's packet that is no tunnel's passes untouched")
 
 
-@pytest.mark.parametrize("case", [*taken_off(), *congestion(), *left_alone(), *malformed(), *gateways()], ids=str)
+CASES = (
+    *(*taken_off(), *more_outside(), *destinations(), *congestion()),
+    *(*left_alone(), *malformed(), *bad_outside(), *gateways()),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_decap(open_decap: Decap, strict_decap: Decap, case: Case) -> None:
     decap = strict_decap if case.strict else open_decap
     before = decap.counters()

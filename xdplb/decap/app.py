@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -29,13 +29,15 @@ from xdplb.paths import pin_directory, pin_name, runtime_directory
 
 log = logging.getLogger(__name__)
 
-MAX_ADDRESSES = 256
+MAX_ADDRESSES = 8192
+LOOK_AGAIN_S = 1.0
+"""A network that becomes local without an address of its own is seen after so long at the latest."""
 
 
 def run(interface: str, port: int, mode: str, gateways: Sequence[str] = ()) -> None:
     """Until Ctrl-C or SIGTERM. `gateways`: prefixes that tunnel packets may come from; none given: from anywhere.
 
-    Only packets to an address of this host are touched.
+    Only packets to an address of this host are touched, and only what is for this host is taken out of them.
     """
     log_to_stderr()
     prefixes = [_prefix(text) for text in gateways]
@@ -59,9 +61,13 @@ async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Ne
     async with Links() as links:
         interface = await links.interface(name)
         bpf, program = await asyncio.to_thread(_load, port, bool(prefixes))
-        for number, prefix in enumerate(prefixes):
-            _put(bpf, "gateways", _trie_key(prefix), number + 1)
-        tasks = [asyncio.create_task(_follow_addresses(links, bpf)), asyncio.create_task(stop.wait())]
+        for prefix in prefixes:
+            _put(bpf, "gateways", _trie_key(prefix))
+        if not prefixes:
+            log.warning("%s: tunnel packets are taken from anybody; name the gateways: --from PREFIX", name)
+        own = _Own(links, bpf)
+        await own.look()
+        tasks = [asyncio.create_task(own.follow()), asyncio.create_task(stop.wait())]
         try:
             await _attach(links, interface, program, mode)
             notify.ready()
@@ -79,7 +85,8 @@ async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Ne
 
 
 def _load(port: int, only_gateways: bool) -> tuple[Any, int]:
-    flags = [f"-DGUE_PORT={port}", f"-DONLY_GATEWAYS={int(only_gateways)}", "-O2", "-Wall", "-Wno-unused-function"]
+    flags = [f"-DGUE_PORT={port}", f"-DONLY_GATEWAYS={int(only_gateways)}", f"-DMAX_ADDRESSES={MAX_ADDRESSES}"]
+    flags += ["-O2", "-Wall", "-Wno-unused-function"]
     loader.ensure_bpffs(pin_directory())
     bpf, programs = loader.load_programs(bundle.bundle("decap.c"), flags, ["xdplb_decap"])
     return bpf, programs["xdplb_decap"]
@@ -114,17 +121,40 @@ async def _attach(links: Links, interface: Interface, program: int, mode: Attach
     log.info("%s: decapsulating in %s mode%s", interface.name, attachment.mode, why)
 
 
-async def _follow_addresses(links: Links, bpf: Any) -> None:
-    """Keeps the map of this host's addresses right: they come and go with DHCP, SLAAC and operators."""
-    known: set[Address] = set()
-    while True:
-        present = set(sorted(await links.addresses(), key=str)[:MAX_ADDRESSES])
-        for address in present - known:
-            _put(bpf, "local_addresses", _words(address), 1)
-        for address in known - present:
-            syscall.delete(_fd(bpf, "local_addresses"), _words(address))
-        known = present
-        await asyncio.sleep(1.0)
+class _Own:
+    """Keeps the maps of this host's addresses and networks right: they come and go with DHCP, SLAAC and operators."""
+
+    def __init__(self, links: Links, bpf: Any) -> None:
+        self._links = links
+        self._bpf = bpf
+        self._known: dict[str, set[bytes]] = {"local_addresses": set(), "local_networks": set()}
+
+    async def follow(self) -> None:
+        with self._links.host_changes() as changes:
+            change = asyncio.ensure_future(anext(changes))
+            try:
+                while True:
+                    if (await asyncio.wait([change], timeout=LOOK_AGAIN_S))[0]:
+                        change = asyncio.ensure_future(anext(changes))
+                    await self.look()
+            finally:
+                change.cancel()
+
+    async def look(self) -> None:
+        addresses = await self._links.addresses()
+        networks = await self._links.local_networks() | {ip_network(one) for one in addresses if not one.is_loopback}
+        self._keep("local_addresses", {_words(address) for address in addresses})
+        self._keep("local_networks", {_trie_key(network) for network in networks})
+
+    def _keep(self, name: str, keys: Collection[bytes]) -> None:
+        known, present = self._known[name], set(sorted(keys)[:MAX_ADDRESSES])
+        if len(keys) > MAX_ADDRESSES and present != known:
+            log.warning("%d %s, of which %d are known here", len(keys), name.replace("_", " "), MAX_ADDRESSES)
+        for key in known - present:
+            syscall.delete(_fd(self._bpf, name), key)
+        for key in present - known:
+            _put(self._bpf, name, key)
+        self._known[name] = present
 
 
 def _words(address: Address) -> bytes:
@@ -132,13 +162,13 @@ def _words(address: Address) -> bytes:
 
 
 def _trie_key(prefix: IPv4Network | IPv6Network) -> bytes:
-    """`struct gateway_prefix`."""
+    """`struct network`."""
     length = prefix.prefixlen + (96 if prefix.version == 4 else 0)
     return length.to_bytes(4, "little") + _words(prefix.network_address)
 
 
-def _put(bpf: Any, name: str, key: bytes, value: int) -> None:
-    syscall.update(_fd(bpf, name), key, value.to_bytes(4, "little"))
+def _put(bpf: Any, name: str, key: bytes) -> None:
+    syscall.update(_fd(bpf, name), key, (1).to_bytes(4, "little"))
 
 
 def _fd(bpf: Any, name: str) -> int:

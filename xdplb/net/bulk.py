@@ -14,12 +14,12 @@ import struct
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import islice
 from typing import NamedTuple
 
 from xdplb.errors import XdplbError
-from xdplb.model import Address
+from xdplb.model import Address, Network
 from xdplb.net import rtnl
 from xdplb.net.next_hops import Neighbour, NeighbourKey, Nud, Route
 
@@ -32,6 +32,8 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8
 RTAX_MTU = 2
 NDA_DST, NDA_LLADDR, NDA_PROTOCOL, NDA_FLAGS_EXT = 1, 2, 12, 15
 RTN_UNICAST, RTN_LOCAL = 1, 2
+RT_TABLE_LOCAL = 255
+SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
 # no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
 NO_ROUTE = {
     *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN),
@@ -54,7 +56,7 @@ _NEIGHBOUR = struct.Struct("=BBHiHBB")
 
 def addresses() -> set[Address]:
     """All addresses of this host, of all its interfaces."""
-    return {address for message in _dump(RTM_GETADDR, _ADDRESS.size) if (address := _local(message)) is not None}
+    return {address for message in _dump(RTM_GETADDR, bytes(_ADDRESS.size)) if (address := _local(message)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,22 @@ class Link:
     index: int
     name: str
     mac: bytes
+
+
+def local_networks() -> set[Network]:
+    """What this host takes for itself: its addresses, and networks that are routed to it as local (AnyIP). Not the
+    loopback networks, for which nothing may come from outside.
+    """
+    found = set()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in _dump(RTM_GETROUTE, _ROUTE.pack(family, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, 0, 0), strict=True):
+            _, length, _, _, _, _, _, kind, _ = _ROUTE.unpack_from(message)
+            if kind != RTN_LOCAL:
+                continue
+            everything = bytes(4 if family == socket.AF_INET else 16)
+            packed = bytes(dict(attributes(message, _ROUTE.size)).get(RTA_DST, everything))
+            found.add(ip_network((packed, length)))
+    return {network for network in found if not network.is_loopback}
 
 
 def link_named(name: str) -> Link | None:
@@ -131,7 +149,7 @@ def _route(address: Address, message: _Message) -> Route | None:
 
 def neighbours() -> list[Neighbour]:
     """The whole table, without what is not about IP addresses (bridge forwarding tables, proxies)."""
-    entries = (_neighbour(message) for message in _dump(RTM_GETNEIGH, _NEIGHBOUR.size))
+    entries = (_neighbour(message) for message in _dump(RTM_GETNEIGH, bytes(_NEIGHBOUR.size)))
     return [entry for entry in entries if entry is not None]
 
 
@@ -181,15 +199,19 @@ def _address(raw: memoryview | None) -> Address | None:
     return IPv4Address(bytes(raw)) if len(raw) == 4 else IPv6Address(bytes(raw))
 
 
-def _dump(kind: int, header_size: int) -> list[memoryview]:
-    """The payloads of a whole table, read again where it changed underneath so that entries may be missing."""
+def _dump(kind: int, header: bytes, strict: bool = False) -> list[memoryview]:
+    """The payloads of a whole table, read again where it changed underneath so that entries may be missing. With
+    `strict` the kernel keeps to what the header asks for.
+    """
     found: list[memoryview] = []
     with _socket() as requests:
         requests.settimeout(5)
         requests.bind((0, 0))
+        if strict:
+            requests.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         for _ in range(ATTEMPTS):
             flags = NLM_F_REQUEST | NLM_F_DUMP
-            requests.send(_HEADER.pack(_HEADER.size + header_size, kind, flags, 1, 0) + bytes(header_size))
+            requests.send(_HEADER.pack(_HEADER.size + len(header), kind, flags, 1, 0) + header)
             found, interrupted = _answers(requests)
             if not interrupted:
                 break

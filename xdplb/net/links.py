@@ -21,7 +21,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from xdplb.errors import ForeignProgram, NotCapable, NotPrivileged, XdplbError
-from xdplb.model import Address, AttachMode
+from xdplb.model import Address, AttachMode, Network
 from xdplb.net import announce, bulk, rtnl, wire
 from xdplb.net.attach_errors import Refusal, attach_error
 from xdplb.net.next_hops import HAS_MAC, Event, EventsLostError, Interface, Neighbour, NeighbourKey, Route
@@ -153,6 +153,10 @@ class Links:
     async def addresses(self) -> set[Address]:
         """All addresses of this host, of all its interfaces."""
         return await asyncio.to_thread(bulk.addresses)
+
+    async def local_networks(self) -> set[Network]:
+        """What this host takes for itself: its addresses, and networks that are local to it as a whole."""
+        return await asyncio.to_thread(bulk.local_networks)
 
     async def announce(self, interface: Interface, addresses: Iterable[Address]) -> None:
         """Tells the link that these addresses are here: gratuitous ARP, unsolicited neighbour advertisements."""
