@@ -57,13 +57,15 @@ class Balancer:
         self.state = Path(lab.gateway.environment["XDPLB_STATE_DIRECTORY"])
         self.pins = lab.pins / self.interfaces[0]
         self.process: Process
+        self.wrapper: Sequence[str] = ()
+        """A command that runs xdplb in surroundings of its own."""
 
     def write(self, *services: dict[str, Any], **more: Any) -> None:
         self.file.write_text(yaml.safe_dump({"services": list(services), **more}))
 
     def begin(self, *options: str, env: dict[str, str] | None = None) -> Process:
         """Starts it in the foreground and does not wait."""
-        command = [sys.executable, "-m", "xdplb", "up", *self.interfaces, "-c", str(self.file), *options]
+        command = [*self.wrapper, sys.executable, "-m", "xdplb", "up", *self.interfaces, "-c", str(self.file), *options]
         self.process = self.lab.gateway.popen(command, death_signal="TERM", env=env)
         return self.process
 
@@ -98,7 +100,7 @@ class Balancer:
         return answer["result"]
 
     def cli(self, *args: str, check: bool = True) -> CompletedProcess[str]:
-        return self.lab.gateway.xdplb(*args, check=check)
+        return self.lab.gateway.run([*self.wrapper, sys.executable, "-m", "xdplb", *args], check=check)
 
     def reload(self, *services: dict[str, Any]) -> Any:
         self.write(*services)

@@ -113,8 +113,10 @@ def test_maps_that_are_not_whole_are_built_anew_with_what_is_left_of_them(lab: L
         crowd = settle_in(lab, balancer, stack, "maglev")
         balancer.kill()
         (pins,) = (path for path in balancer.pins.iterdir() if path.is_dir())
-        (pins / "services").unlink()
         counted = balancer.service_stats("web")["packets"]
+        (pins / "services").unlink()
+        (balancer.pins / "program").unlink()
+        lab.gateway.shell("ip link set dev eth0 xdp off")  # a program would lead to its maps
         balancer.up()
         assert balancer.service_stats("web")["packets"] >= counted > 0
         assert f"{pins} is incomplete, services missing" in balancer.process.log()

@@ -1,9 +1,8 @@
-"""`xdplb flows`: the remembered flows, read from the pinned flow cache: no daemon is needed."""
+"""`xdplb flows`: the remembered flows, read from the flow cache in use: no daemon is needed."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from xdplb.core.flow_cache import Flows as Decoded
 from xdplb.core.flow_cache import Words
 from xdplb.dataplane import syscall
 from xdplb.dataplane.clock import clock
-from xdplb.dataplane.counters import open_pinned, running
+from xdplb.dataplane.counters import open_maps, running
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import UsageError, XdplbError
 from xdplb.paths import Instance
@@ -26,7 +25,7 @@ def read_flows(instance: Instance, service: str | None = None, backend: str | No
     """
     manifest = running(instance)
     chosen = choose(manifest, service, backend)
-    words = _read_words(Path(manifest.pins) / "flow_sets")
+    words = _read_words(manifest)
     times = manifest.times
     if times is None:
         raise XdplbError("the packet path is of another version of xdplb", f"xdplb up {instance.name} takes it over")
@@ -79,8 +78,8 @@ def listing(
     return {"capacity": len(words), "live": int(np.count_nonzero(alive)), "flows": flows}
 
 
-def _read_words(path: Path) -> Words:
-    descriptor = open_pinned(path)
+def _read_words(manifest: Manifest) -> Words:
+    descriptor = open_maps(manifest, ["flow_sets"])["flow_sets"]
     try:
         with syscall.map_memory(descriptor) as memory:
             return np.frombuffer(bytes(memory), np.uint64)

@@ -17,7 +17,7 @@ from xdplb.daemon import record
 from xdplb.daemon.engine import Engine, Retired
 from xdplb.daemon.handover import Counted, Handover
 from xdplb.daemon.larger_maps import FLOW_MAPS, SHARED_MAPS, SNAT_MAPS, moved
-from xdplb.dataplane import bundle, syscall
+from xdplb.dataplane import bundle, program_maps, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane, ensure_bpffs, open_dataplane, remove_pins
 from xdplb.dataplane.manifest import Manifest
@@ -48,6 +48,8 @@ class Generations:
         """The engine to start with: on the maps that an earlier daemon left where this version can, on new ones
         elsewhere.
         """
+        if notes is not None:
+            self._pin_what_is_in_use(notes)
         if notes is not None and (geometry := self._adoptable(notes)):
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
@@ -68,6 +70,19 @@ class Generations:
         log.info("took over %d services and their flows from other maps", len(notes.services))
         return Engine(plane, self._key, config, statuses, record.applied(plane, notes), Retired())
 
+    def _pin_what_is_in_use(self, notes: Manifest) -> None:
+        """Pins are seen in the mount namespace alone in which they were made, and people remove them."""
+        ids, pins = program_maps.maps_in_use(notes), self._instance.pins / Path(notes.pins).name
+        if not ids or not notes.pins:
+            return
+        try:
+            ensure_bpffs(pins)
+            if program_maps.pin_again(ids, pins):
+                log.info("found the maps through the program that runs: %s had no pins of them", pins)
+            notes.pins = str(pins)
+        except OSError as error:
+            log.warning("%s: the maps in use cannot be pinned: %s", pins, error.strerror)
+
     def _adoptable(self, notes: Manifest) -> Geometry | None:
         """The geometry of the pinned maps, where this version would make the same."""
         geometry, pins = notes.map_geometry, Path(notes.pins)
@@ -87,6 +102,7 @@ class Generations:
             return await self._larger(engine, config)
         if features == engine.plane.features:
             return engine
+        engine.plane.pin_again()
         plane = await self._open(features, engine.plane.geometry)
         return Engine(plane, self._key, engine.config, engine.statuses, engine.applied, engine.retired)
 

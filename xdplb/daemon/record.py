@@ -17,6 +17,9 @@ from xdplb.model import BackendKey
 def note(notes: Manifest, engine: Engine) -> None:
     """Brings the manifest up to what the engine applied."""
     plane, present = engine.plane, engine.applied
+    if plane.program_id not in notes.programs[:1]:
+        before = notes.programs[:1] if notes.pins == str(plane.pins) else []  # attached until the new one is
+        notes.programs = [plane.program_id, *before]
     notes.pins = str(plane.pins)
     notes.layout, notes.key = STATE_LAYOUT, engine.key.name
     notes.geometry = {name: getattr(plane.geometry, name) for name in Geometry.__slots__}

@@ -193,11 +193,24 @@ class Reloader:
         await self._host.attach(engine.plane.program_fd, mode, replace)
 
     def keep_up(self) -> None:
-        """Does again what could not be done: to be called now and then."""
+        """Does again what could not be done, or is undone by somebody: to be called now and then."""
+        self._keep_pinned()
         if self._behind:
             self._apply()
         if self._unsaved:
             self.save()
+
+    def _keep_pinned(self) -> None:
+        """A daemon that is killed later leaves nothing behind where there are no pins."""
+        try:
+            again = self.engine.plane.pin_again() if self.engine is not None else []
+        except (OSError, XdplbError) as error:
+            text = f"the maps cannot be pinned: {said(error)}; after a crash some packets would be lost"
+            self._alarms.raise_("pins-missing", text, getattr(error, "hint", "") or "mount -t bpf bpf /sys/fs/bpf")
+        else:
+            self._alarms.clear("pins-missing")
+            if again:
+                log.warning("pins were gone, and are there again: %s", ", ".join(again))
 
     def save(self) -> None:
         """Notes what is in force in the manifest. Where it cannot be written, that is an alarm, and tried again."""

@@ -1,16 +1,17 @@
-"""The counters as people read them, straight from the pinned maps: no daemon is needed."""
+"""The counters as people read them, straight from the maps in use: no daemon is needed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb.dataplane import syscall
+from xdplb.dataplane import program_maps, syscall
 from xdplb.dataplane.manifest import Manifest, load
 from xdplb.errors import DaemonUnreachable, NotPrivileged
 from xdplb.paths import Instance
@@ -21,7 +22,12 @@ Row = dict[str, int]
 def read_stats(instance: Instance) -> dict[str, Any]:
     """`xdplb stats -o json`: counters by service and backend, drops by reason, verdicts."""
     manifest = running(instance)
-    return stats(manifest, {name: read_pinned(Path(manifest.pins) / name) for name in manifest.counters})
+    maps = open_maps(manifest, manifest.counters)
+    try:
+        return stats(manifest, {name: read_counters(descriptor) for name, descriptor in maps.items()})
+    finally:
+        for descriptor in maps.values():
+            os.close(descriptor)
 
 
 def running(instance: Instance) -> Manifest:
@@ -54,18 +60,33 @@ def stats(manifest: Manifest, counters: Mapping[str, NDArray[np.uint64]]) -> dic
     }
 
 
-def read_pinned(path: Path) -> NDArray[np.uint64]:
-    """All of a pinned map's counters, summed over CPUs. Raises as `open_pinned` does."""
-    descriptor = open_pinned(path)
-    try:
-        return read_counters(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_counters(descriptor: int) -> NDArray[np.uint64]:
-    """The same of a map that is open already."""
+    """All counters of a map, summed over CPUs."""
     return syscall.read_per_cpu(descriptor, syscall.map_shape(descriptor).max_entries)
+
+
+def open_maps(manifest: Manifest, names: Iterable[str]) -> dict[str, int]:
+    """Descriptors of these maps: those of the program that runs, those of the pins where it is not found.
+
+    NotPrivileged; DaemonUnreachable where one of them is gone.
+    """
+    in_use = program_maps.maps_in_use(manifest)
+    opened: dict[str, int] = {}
+    try:
+        for name in names:
+            opened[name] = _open_one(manifest, in_use, name)
+    except BaseException:
+        for descriptor in opened.values():
+            os.close(descriptor)
+        raise
+    return opened
+
+
+def _open_one(manifest: Manifest, in_use: Mapping[str, int], name: str) -> int:
+    if name in in_use:
+        with suppress(OSError):
+            return syscall.map_by_id(in_use[name])
+    return open_pinned(Path(manifest.pins) / name)
 
 
 def open_pinned(path: Path) -> int:

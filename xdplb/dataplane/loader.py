@@ -69,6 +69,8 @@ class Dataplane:
         self.features = features
         self.pins = pins
         self._stages_pin = stages_pin
+        self.program_id = syscall.program_id(self.program_fd)
+        self._pins = {pins / name: self.fd(name) for name in bundle.map_names()} | {stages_pin: self.fd(STAGES)}
         self.services = self._table("services")
         self.backends = self._table("backends")
         self.addresses = self._structs("addresses")
@@ -142,6 +144,13 @@ class Dataplane:
             self.unpin()
         self.close()
 
+    def pin_again(self) -> list[str]:
+        """Pins again what is not pinned any more: somebody removed it, or mounted the BPF file system anew. Returns the
+        names; OSError, NotCapable.
+        """
+        ensure_bpffs(self.pins)
+        return [path.name for path, descriptor in self._pins.items() if syscall.pin_again(descriptor, path)]
+
     def unpin(self) -> None:
         """Removes this generation's pins; the maps live on while programs use them."""
         shutil.rmtree(self.pins, ignore_errors=True)
@@ -178,6 +187,8 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey,
     bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, *_STAGES.values()])
     _refuse_other_sizes(bpf, pins)
     plane = Dataplane(bpf, programs, geometry, features, pins, bundle.pin_of_program(pins, STAGES, program))
+    for name in bundle.map_names():  # so that all are found through the program, and live as long
+        syscall.bind_map(plane.program_fd, plane.fd(name))
     for stage, name in _STAGES.items():
         syscall.update(plane.fd(STAGES), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
     return plane

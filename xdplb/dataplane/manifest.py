@@ -35,7 +35,8 @@ class ServiceRecord:
 
 @dataclass(slots=True)
 class Manifest:
-    """`addresses`, `sysctls` and `aggregation` are what we added and changed, `programs` the ids of what we attached.
+    """`programs` are the ids of the programs that use these maps, the latest first: they lead to the maps where no pins
+    are seen. `addresses`, `sysctls` and `aggregation` are what we added and changed, before the ledger had it.
     `flow_times` are the fields of FlowTimes, `layout` is the maps' abi.STATE_LAYOUT, `key` names the hash key without
     telling it. `health` holds (state, reason, since) by SERVICE/BACKEND.
     """

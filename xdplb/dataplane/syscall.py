@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 1, 2, 3, 5, 6, 7, 10
-_PROG_GET_FD_BY_ID, _INFO_BY_FD, _LOOKUP_BATCH, _UPDATE_BATCH = 13, 15, 24, 26
+_PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _INFO_BY_FD, _LOOKUP_BATCH, _PROG_BIND_MAP = 13, 14, 15, 24, 35
 
 _XDP = 6
 
@@ -81,7 +81,20 @@ class _MapInfo(ctypes.Structure):
 
 
 class _ProgInfo(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32), ("rest", ctypes.c_uint8 * 224))
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("code", ctypes.c_uint8 * 36),
+        ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
+        ("rest", ctypes.c_uint8 * 152),
+    )
+
+
+class _BindMap(ctypes.Structure):
+    _fields_ = (("prog_fd", ctypes.c_uint32), ("map_fd", ctypes.c_uint32), ("flags", ctypes.c_uint32))
 
 
 class _TestRun(ctypes.Structure):
@@ -149,15 +162,54 @@ def pin(descriptor: int, path: Path) -> None:
     _bpf(_OBJ_PIN, _Object(ctypes.addressof(name), descriptor, 0))
 
 
+def pin_again(descriptor: int, path: Path) -> bool:
+    """Has the map be pinned at `path`, in place of any other map. False where it was, or where something is no map."""
+    try:
+        there = get(path)
+    except FileNotFoundError:
+        pin(descriptor, path)
+        return True
+    try:
+        if not is_map(there) or map_id(there) == map_id(descriptor):
+            return False
+    finally:
+        os.close(there)
+    path.unlink()
+    pin(descriptor, path)
+    return True
+
+
 def program_by_id(program: int) -> int:
     """A descriptor of the program with that id."""
     return _bpf(_PROG_GET_FD_BY_ID, _Element(program, 0, 0, 0, 0))
 
 
 def program_id(descriptor: int) -> int:
-    info = _ProgInfo()
+    return int(_program_info(descriptor).id)
+
+
+def program_name(descriptor: int) -> str:
+    """At most 15 characters of it."""
+    return bytes(_program_info(descriptor).name).decode()
+
+
+def maps_of_program(descriptor: int) -> list[int]:
+    """The ids of the maps that it uses, or that were bound to it."""
+    count = int(_program_info(descriptor).nr_map_ids)
+    ids = (ctypes.c_uint32 * count)()
+    asked = _ProgInfo(nr_map_ids=count, map_ids=ctypes.addressof(ids))
+    return list(ids[: int(_program_info(descriptor, asked).nr_map_ids)])
+
+
+def bind_map(program: int, descriptor: int) -> None:
+    """Has the map live as long as the program, and be one of its maps, though it may use it nowhere. Linux 5.10."""
+    _bpf(_PROG_BIND_MAP, _BindMap(program, descriptor, 0))
+
+
+def _program_info(descriptor: int, info: _ProgInfo | None = None) -> _ProgInfo:
+    info = info or _ProgInfo()
     _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
-    return int(info.id)
+    return info
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +220,28 @@ class MapShape:
 
 
 def map_shape(descriptor: int) -> MapShape:
+    info = _map_info(descriptor)
+    return MapShape(int(info.key_size), int(info.value_size), int(info.max_entries))
+
+
+def map_id(descriptor: int) -> int:
+    return int(_map_info(descriptor).id)
+
+
+def map_name(descriptor: int) -> str:
+    """At most 15 characters of it."""
+    return bytes(_map_info(descriptor).name).decode()
+
+
+def map_by_id(map_: int) -> int:
+    """A descriptor of the map with that id."""
+    return _bpf(_MAP_GET_FD_BY_ID, _Element(map_, 0, 0, 0, 0))
+
+
+def _map_info(descriptor: int) -> _MapInfo:
     info = _MapInfo()
     _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
-    return MapShape(int(info.key_size), int(info.value_size), int(info.max_entries))
+    return info
 
 
 def is_map(descriptor: int) -> bool:

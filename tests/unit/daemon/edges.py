@@ -68,6 +68,7 @@ class Plane:
     """A generation of maps, as far as the engine itself looks at them."""
 
     program_fd = 7
+    program_id = 77
 
     def __init__(self, name: str, log: list[str], geometry: Geometry = GEOMETRY) -> None:
         self.name, self.log, self.geometry = name, log, geometry
@@ -76,6 +77,8 @@ class Plane:
         self.loads = np.zeros(geometry.backends, [("active", "u4"), ("weight", "u4")])
         self.flow_words = np.zeros(8 * geometry.flow_sets, np.uint64)
         self.trusted_until: int | None = None
+        self.unpinned: list[str] = []
+        self.unpinnable: Exception | None = None
         keep_idle = np.zeros(geometry.services, [("keep_idle", "u2")])
         self.services = type("Table", (), {"entries": keep_idle})()
 
@@ -90,6 +93,12 @@ class Plane:
 
     def trust_until(self, tick: int) -> None:
         self.trusted_until = tick
+
+    def pin_again(self) -> list[str]:
+        if self.unpinnable is not None:
+            raise self.unpinnable
+        again, self.unpinned = self.unpinned, []
+        return again
 
     def discard(self, kept: Plane) -> None:
         self.log.append(f"discard {self.name}")

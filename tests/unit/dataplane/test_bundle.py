@@ -10,6 +10,7 @@ import pytest
 
 from xdplb import abi
 from xdplb.dataplane import bundle
+from xdplb.dataplane.program_maps import LONGEST_NAME
 
 GEOMETRY = abi.Geometry(services=16, backends=64, slots=4096, address_buckets=64, intervals=1024)
 FEATURES = abi.Features(*[True] * 9)
@@ -100,3 +101,8 @@ def test_every_constant_that_the_sources_use_is_defined() -> None:
 def test_the_pins_place_is_a_c_string() -> None:
     flags = bundle.compiler_flags({}, KEY, Path("/sys/fs/bpf/xdplb/eth0"))
     assert '-DPIN(name)="/sys/fs/bpf/xdplb/eth0/" name' in flags
+
+
+def test_maps_are_told_apart_by_as_much_of_their_names_as_the_kernel_keeps() -> None:
+    names = bundle.map_names()
+    assert len({name[:LONGEST_NAME] for name in names}) == len(names)
