@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -118,6 +118,54 @@ def test_diff_counts_the_flows_on_what_goes(lab: Laboratory) -> None:
         assert lost({**fewer, "scheduler": "source-hash"}) == (crowd.on("backend1"), None)
         said = balancer.reload(fewer)
         assert said["flows_on_removed"] == crowd.on("backend1") and said["flows_broken"] == 0
+
+
+def broken(crowd: Crowd) -> int:
+    """How many of them do not get on with the backend that they have."""
+    lost = 0
+    for connection, owner in crowd.owners.items():
+        try:
+            lost += connection.ask() != owner
+        except OSError:
+            lost += 1
+    return lost
+
+
+Services = Callable[[Laboratory], list[dict[str, Any]]]
+
+
+def on_range(lab: Laboratory) -> dict[str, Any]:
+    return {**web(lab, 4), "listen": at(VIP[4], "80-89")}
+
+
+def on_exact_port(lab: Laboratory) -> dict[str, Any]:
+    return service("exact", at(VIP[4], 80), backends_of(lab)[5:], check=NO_CHECK)
+
+
+CHANGES: list[tuple[Services, Services, str]] = [
+    (
+        lambda lab: [web(lab, 4)],
+        lambda lab: [{**web(lab, 4), "backends": backends_of(lab)[1:5]}],
+        "backend web/backend1",
+    ),
+    (lambda lab: [on_range(lab)], lambda lab: [on_range(lab), on_exact_port(lab)], "web"),
+    (lambda lab: [on_range(lab), on_exact_port(lab)], lambda lab: [on_range(lab)], "service exact"),
+    (lambda lab: [on_range(lab)], lambda lab: [{**on_range(lab), "listen": at(VIP[4], "81-89")}], "web"),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"), CHANGES, ids=["backend-goes", "exact-port", "exact-port-goes", "narrower"]
+)
+def test_a_reload_names_what_breaks_flows_that_are_not_remembered(
+    lab: Laboratory, before: Services, after: Services, named: str
+) -> None:
+    with balancing(lab, *before(lab)) as balancer, ExitStack() as stack:
+        crowd = Crowd(lab.client, VIP[4], 24, stack)
+        told = balancer.reload(*after(lab))
+        assert broken(crowd) > 0
+        unsure = [entry["name"] for entry in told["services"] if entry["flows_broken"] is None]
+        assert [*unsure, *told["uncounted"]] == [named], told
 
 
 def test_maps_that_grow_take_all_connections_along(lab: Laboratory) -> None:

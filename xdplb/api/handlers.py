@@ -157,6 +157,7 @@ class Handlers:
             ],
             "flows_broken": told.flows_broken,
             "flows_on_removed": told.flows_on_removed,
+            "uncounted": list(told.uncounted),
         }
 
     async def _backend(self, request: Request) -> JSON:

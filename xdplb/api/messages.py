@@ -117,13 +117,15 @@ class ServiceMoves(TypedDict):
 
 class Diff(TypedDict):
     """`flows_broken`: live ones that lose their backend though it stays; null where some do and nobody knows how many.
-    `flows_on_removed`: live ones, as far as they are remembered, whose backend or service goes.
+    `flows_on_removed`: live ones, as far as they are remembered, whose backend or service goes; `uncounted`: what goes
+    with others beside, as "service dns" or "backend web/a".
     """
 
     changes: list[Change]
     services: list[ServiceMoves]
     flows_broken: int | None
     flows_on_removed: NotRequired[int]
+    uncounted: NotRequired[list[str]]
 
 
 class SlotAnswer(TypedDict):

@@ -206,12 +206,21 @@ def _on_removed(answer: Diff, done: bool) -> list[Text]:
     if flows is None or (not flows and all(change["kind"] != "remove" for change in answer["changes"])):
         return []
     verb = ("were" if flows > 1 else "was") if done else ("are" if flows > 1 else "is")
-    return [
-        Text(
-            f"{_count(flows, 'remembered flow')} {verb} on backends that {'are gone' if done else 'go'}",
-            ALARM if flows else "",
-        )
-    ]
+    counted = Text(
+        f"{_count(flows, 'remembered flow')} {verb} on backends that {'are gone' if done else 'go'}",
+        ALARM if flows else "",
+    )
+    uncounted = answer.get("uncounted", [])
+    return [counted, *([Text(_named(uncounted, done), ALARM)] if uncounted else [])]
+
+
+_NAMED = 8
+
+
+def _named(what: list[str], done: bool) -> str:
+    more = len(what) - _NAMED
+    names = ", ".join(what[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{names}: flows that are not remembered {'broke' if done else 'break'}, how many is not known"
 
 
 def _broken(answer: Diff, done: bool) -> list[Text]:
@@ -219,7 +228,7 @@ def _broken(answer: Diff, done: bool) -> list[Text]:
     if flows is None:
         unsure = [service["name"] for service in answer["services"] if service.get("flows_broken", 0) is None]
         return [Text(f"{name}: flows {verb}, nobody knows how many", ALARM) for name in unsure]
-    other = "other " if answer.get("flows_on_removed", 0) else ""
+    other = "other " if answer.get("flows_on_removed", 0) or answer.get("uncounted") else ""
     verb = verb if done or flows > 1 else "breaks"
     return [Text(f"{_count(flows, f'{other}flow')} {verb}", ALARM if flows else FINE)]
 

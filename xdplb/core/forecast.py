@@ -6,14 +6,26 @@ slots and none of the flows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from xdplb.core import maglev
 from xdplb.core.desired import desire
+from xdplb.core.listening import served
 from xdplb.core.operations import Applied
 from xdplb.core.status import BackendStatus, NextHop
-from xdplb.model import Address, Backend, BackendKey, Config, FlowMemory, HealthState, Listen, Scheduler, Service
+from xdplb.model import (
+    Address,
+    Backend,
+    BackendKey,
+    Config,
+    FlowMemory,
+    Forward,
+    HealthState,
+    Protocol,
+    Scheduler,
+    Service,
+)
 
 OpenFlows = Callable[[BackendKey], int]
 """How many flows are remembered of a backend, and live."""
@@ -35,11 +47,14 @@ class ServiceForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of services that are there before and after, by name; and over all, those that go included."""
+    """Of services that are there before and after, by name; and over all, those that go included. `uncounted`: what
+    goes with flows that are not remembered, as "service web" or "backend web/a".
+    """
 
     services: dict[str, ServiceForecast]
     flows_broken: int | None
     flows_on_removed: int
+    uncounted: tuple[str, ...] = ()
 
 
 def forecast(
@@ -51,29 +66,60 @@ def forecast(
 ) -> Forecast:
     """From `old`, which is in force, to `new`. New backends are taken for healthy ones, with their full weight."""
     before, after = ({service.name: service for service in config.services} for config in (old, new))
+    ports_before, ports_after = served(old), served(new)
+    mapped_anew = any(old.sources(version) != new.sources(version) for version in (4, 6))
     services = {}
+    going = {name: [b.name for b in service.backends] for name, service in before.items() if name not in after}
     for name, service in after.items():
-        if name in before and name in applied.services:
-            services[name] = ServiceForecast(
-                _slots_moved_percent(before[name], service, statuses[name], applied),
-                None if _scheduled_anew(before[name], service) else 0,
-                sum(open_flows(BackendKey(name, gone)) for gone in _gone(before[name], service)),
-            )
-    ended = sum(open_flows(BackendKey(s.name, b.name)) for s in old.services if s.name not in after for b in s.backends)
+        if name not in before or name not in applied.services:
+            continue
+        known, ports = before[name], ports_before[name]
+        kept = ports.within(ports_after[name])
+        moved = _slots_moved_percent(known, service, statuses[name], applied)
+        going[name] = _gone(known, service) if kept else [backend.name for backend in known.backends]
+        broken = (
+            kept.count < ports.count
+            or _scheduled_anew(known, service)
+            or (service.flows is FlowMemory.NONE and moved > 0)
+            or (service.forward is Forward.FULL_NAT and mapped_anew)
+        )
+        services[name] = ServiceForecast(
+            moved,
+            None if broken and len(going[name]) < len(known.backends) else 0,
+            _open(open_flows, name, going[name]),
+        )
     told = [service.flows_broken for service in services.values()]
     return Forecast(
         services,
         None if None in told else 0,
-        ended + sum(service.flows_on_removed for service in services.values()),
+        sum(_open(open_flows, name, backends) for name, backends in going.items()),
+        tuple(_uncounted(before, going)),
     )
 
 
-def _gone(old: Service, new: Service) -> set[str]:
-    """Backends of `old` that no packet of their flows reaches any more: all, where the service listens elsewhere."""
-    if not _covers(new.listen, old.listen):
-        return {backend.name for backend in old.backends}
-    after = _endpoints(new)
-    return {name for name, endpoint in _endpoints(old).items() if after.get(name) != endpoint}
+def _open(open_flows: OpenFlows, service: str, backends: Iterable[str]) -> int:
+    return sum(open_flows(BackendKey(service, backend)) for backend in backends)
+
+
+def _uncounted(before: Mapping[str, Service], going: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for name, backends in going.items():
+        if before[name].remembers_all:
+            continue
+        if len(backends) == len(before[name].backends):
+            yield f"service {name}"
+        else:
+            yield from (f"backend {name}/{backend}" for backend in backends)
+
+
+def _gone(old: Service, new: Service) -> list[str]:
+    """Backends of `old` that no packet of their flows reaches any more."""
+    before, after = _endpoints(old), _endpoints(new)
+    keeping = {(b.name, b.address) for b in new.backends if b.port is None}
+    return [
+        b.name
+        for b in old.backends
+        if after.get(b.name) != before[b.name] and not (b.port is None and (b.name, b.address) in keeping)
+    ]
 
 
 def _endpoints(service: Service) -> dict[str, tuple[Address, int | None]]:
@@ -82,18 +128,11 @@ def _endpoints(service: Service) -> dict[str, tuple[Address, int | None]]:
     return {backend.name: (backend.address, backend.port or port) for backend in service.backends}
 
 
-def _covers(listen: Listen, other: Listen) -> bool:
-    return (
-        (listen.address, listen.protocol) == (other.address, other.protocol)
-        and listen.first_port <= other.first_port
-        and other.last_port <= listen.last_port
-    )
-
-
 def _scheduled_anew(old: Service, new: Service) -> bool:
     """Whether flows lose their backends, or those their flows, though both stay."""
     forgets = new.flows is FlowMemory.NONE and old.flows is not FlowMemory.NONE
-    return forgets or _told_apart_by(old) != _told_apart_by(new) or old.forward is not new.forward
+    datagrams = new.listen.protocol is Protocol.UDP and old.scheduler.hashes is not new.scheduler.hashes
+    return forgets or datagrams or _told_apart_by(old) != _told_apart_by(new) or old.forward is not new.forward
 
 
 def _told_apart_by(service: Service) -> object:

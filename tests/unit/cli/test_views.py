@@ -265,6 +265,19 @@ def test_flows_on_what_goes_are_counted_apart(flows: int, done: bool, words: str
     assert (words in rendered(views.diff(answer, done))) is bool(flows), "a backend may have got another address"
 
 
+def test_what_goes_with_flows_that_nobody_counted_is_named() -> None:
+    answer = a_diff() | {"flows_on_removed": 0, "uncounted": ["service old", "backend web/c"]}
+    assert rendered(views.diff(answer)).splitlines()[-3:] == [
+        "no remembered flow is on backends that go",
+        "service old, backend web/c: flows that are not remembered break, how many is not known",
+        "no other flow breaks",
+    ]
+    answer["uncounted"] = [f"backend web/{n}" for n in range(10)]
+    said, rest = rendered(views.diff(answer, done=True)).splitlines()[-2:]
+    assert said.endswith("backend web/7 and 2 more: flows that are not remembered broke, how many is not known")
+    assert rest == "no other flow broke"
+
+
 @pytest.mark.parametrize(
     ("broken", "done", "words"),
     [(1, False, "1 flow breaks"), (2, False, "2 flows break"), (1, True, "1 flow broke"), (2, True, "2 flows broke")],

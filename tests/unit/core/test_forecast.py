@@ -11,21 +11,27 @@ from planning import DOWN, UP, Machine, World, healthy, service
 
 from xdplb.core.forecast import Forecast, ServiceForecast, forecast
 from xdplb.core.status import BackendStatus
-from xdplb.model import Admin, Affinity, Backend, BackendKey, Config, FlowMemory, Forward, Scheduler, Service
+from xdplb.model import Admin, Affinity, Backend, BackendKey, Config, FlowMemory, Forward, Protocol, Scheduler, Service
 
 WEB = service("web1", 4)
 DNS = service("dns2", 2)
 FLOWS = {BackendKey("web1", "b0"): 7, BackendKey("web1", "b1"): 5, BackendKey("dns2", "b0"): 3}
 
 
-def told(old: World, *new: Service, flows: Mapping[BackendKey, int] = FLOWS) -> Forecast:
+Pool = tuple[IPv4Address, ...]
+
+
+def told(
+    old: World, *new: Service, flows: Mapping[BackendKey, int] = FLOWS, pools: tuple[Pool, Pool] = ((), ())
+) -> Forecast:
     """From the world `old`, with all that is in its maps."""
     machine = Machine()
     machine.become(old)
     by_service: dict[str, dict[str, BackendStatus]] = {}
     for key, status in old.statuses.items():
         by_service.setdefault(key.service, {})[key.backend] = status
-    configs = (Config(("eth0",), services) for services in (old.services, new))
+    both = zip((old.services, new), pools, strict=True)
+    configs = (Config(("eth0",), services, source_pool=pool) for services, pool in both)
     return forecast(*configs, by_service, machine.applied, lambda key: flows.get(key, 0))
 
 
@@ -46,11 +52,18 @@ def test_nothing_comes_of_nothing() -> None:
 
 def test_flows_of_a_backend_that_goes() -> None:
     fewer = with_backends(WEB, *WEB.backends[1:])
-    assert told(healthy(WEB), fewer) == Forecast({"web1": ServiceForecast(25.0, 0, 7)}, 0, 7)
+    gone = ServiceForecast(25.0, 0, 7)
+    assert told(healthy(WEB), fewer) == Forecast({"web1": gone}, 0, 7, ("backend web1/b0",))
+    all_known = replace(WEB, flows=FlowMemory.ALL)
+    fewer = with_backends(all_known, *WEB.backends[1:])
+    assert told(healthy(all_known), fewer) == Forecast({"web1": gone}, 0, 7)
 
 
 def test_flows_of_a_service_that_goes() -> None:
-    assert told(healthy(WEB, DNS), DNS) == Forecast({"dns2": ServiceForecast(0.0, 0, 0)}, 0, 12)
+    rest = {"dns2": ServiceForecast(0.0, 0, 0)}
+    assert told(healthy(WEB, DNS), DNS) == Forecast(rest, 0, 12, ("service web1",))
+    counting = replace(WEB, scheduler=Scheduler.LC)
+    assert told(healthy(counting, DNS), DNS) == Forecast(rest, 0, 12)
 
 
 @pytest.mark.parametrize("change", [{"address": IPv4Address("10.9.9.9")}, {"port": 8081}])
@@ -63,12 +76,68 @@ def test_a_service_that_listens_elsewhere_takes_none_of_its_flows_along() -> Non
     assert told(healthy(WEB), moved).services["web1"] == ServiceForecast(0.0, 0, 12)
 
 
+def on_ports(of: Service, first: int, last: int) -> Service:
+    ports = replace(of, listen=replace(of.listen, first_port=first, last_port=last))
+    return with_backends(ports, *(replace(backend, port=None) for backend in ports.backends))
+
+
+RANGE, WIDE, ONE = on_ports(WEB, 80, 89), on_ports(WEB, 70, 89), on_ports(WEB, 85, 85)
+EXACT = replace(on_ports(DNS, 85, 85), listen=replace(WEB.listen, first_port=85, last_port=85))
+
+
 def test_more_ports_lose_nothing() -> None:
-    ports = replace(WEB, listen=replace(WEB.listen, last_port=89))
-    narrow = with_backends(ports, *(replace(backend, port=None) for backend in ports.backends))
-    wide = replace(narrow, listen=replace(narrow.listen, first_port=70))
-    assert told(healthy(narrow), wide).flows_on_removed == 0
-    assert told(healthy(wide), narrow).flows_on_removed == 12
+    for before, after in ((RANGE, WIDE), (ONE, WIDE), (ONE, RANGE)):
+        found = told(healthy(before), after)
+        assert (found.flows_broken, found.flows_on_removed, found.uncounted) == (0, 0, ())
+
+
+def test_fewer_ports_lose_flows_of_which_nobody_knows_the_port() -> None:
+    for before, after in ((WIDE, RANGE), (WIDE, ONE), (RANGE, on_ports(WEB, 81, 95))):
+        found = told(healthy(before), after)
+        assert (found.services["web1"].flows_broken, found.flows_on_removed) == (None, 0)
+        all_known = (replace(service, flows=FlowMemory.ALL) for service in (before, after))
+        assert told(healthy(next(all_known)), next(all_known)).flows_broken is None
+
+
+def test_an_exact_port_takes_flows_from_the_range_around_it_and_leaves_none_to_it() -> None:
+    found = told(healthy(RANGE), RANGE, EXACT)
+    assert (found.services["web1"].flows_broken, found.flows_broken) == (None, None)
+    found = told(healthy(RANGE, EXACT), RANGE)
+    assert (found.flows_broken, found.flows_on_removed, found.uncounted) == (0, 3, ("service dns2",))
+    elsewhere = replace(EXACT, listen=replace(EXACT.listen, first_port=90, last_port=90))
+    assert told(healthy(RANGE), RANGE, elsewhere).flows_broken == 0
+
+
+def test_a_range_takes_flows_from_all_ports_and_a_port_that_was_taken_already_is_no_loss() -> None:
+    all_ports = on_ports(WEB, 0, 65535)
+    taken = replace(on_ports(DNS, 80, 89), listen=replace(RANGE.listen))
+    assert told(healthy(all_ports), all_ports, taken).services["web1"].flows_broken is None
+    assert told(healthy(all_ports, taken), on_ports(WEB, 0, 65535), taken).flows_broken == 0
+    narrower = on_ports(WEB, 80, 84)
+    assert told(healthy(RANGE, EXACT), narrower, EXACT).services["web1"].flows_broken is None
+    without_last = on_ports(WEB, 80, 85)
+    exact_last = told(healthy(without_last, EXACT), on_ports(WEB, 80, 84), EXACT)
+    assert exact_last.flows_broken == 0, "the exact port had these flows before"
+
+
+def test_datagrams_are_scheduled_anew_between_a_hash_and_a_scheduler_that_counts() -> None:
+    udp = replace(WEB, listen=replace(WEB.listen, protocol=Protocol.UDP))
+    assert told(healthy(udp), replace(udp, scheduler=Scheduler.LC)).flows_broken is None
+    assert told(healthy(udp), replace(udp, flows=FlowMemory.ALL)).flows_broken == 0
+
+
+def test_where_no_flow_is_remembered_each_slot_that_moves_breaks_some() -> None:
+    stateless = replace(WEB, flows=FlowMemory.NONE)
+    assert told(healthy(stateless), with_first(stateless, weight=3)).services["web1"].flows_broken is None
+    assert told(healthy(stateless), stateless).services["web1"].flows_broken == 0
+
+
+def test_other_source_addresses_break_what_full_nat_sent_from_the_old_ones() -> None:
+    one, other = ((IPv4Address(f"10.0.0.{n}"),) for n in (200, 201))
+    full = replace(WEB, forward=Forward.FULL_NAT)
+    found = told(healthy(full, DNS), full, DNS, pools=(one, other))
+    assert (found.services["web1"].flows_broken, found.services["dns2"].flows_broken) == (None, 0)
+    assert told(healthy(full), full, pools=(one, one)).flows_broken == 0
 
 
 @pytest.mark.parametrize(
