@@ -36,6 +36,7 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
     drafts = read_services(mapping, report)
     rules.service_names(drafts, report)
     rules.listens(drafts, report)
+    rules.backends_are_no_vips(drafts, report)
     rules.total(drafts, report)
     for draft in drafts:
         rules.backends_are_distinct(draft, report)

@@ -64,6 +64,31 @@ def backends_are_reachable(draft: Draft, report: Report) -> None:
             report((*path, "address"), problem)
 
 
+def backends_are_no_vips(drafts: Sequence[Draft], report: Report) -> None:
+    """This host takes the addresses on which services listen, whatever their ports: packets to a backend of such an
+    address would end here. Told at both places.
+    """
+    listening: dict[Address, list[Draft]] = {}
+    for draft in drafts:
+        listening.setdefault(draft.own.listen.address, []).append(draft)
+    told = set()
+    for draft in drafts:
+        for path, backend in draft.backends:
+            address = backend.address.address
+            if address == draft.own.listen.address:
+                continue  # told already
+            for other in listening.get(address, ())[:1]:
+                report(
+                    (*path, "address"),
+                    f"on {address} listens service {other.own.name!r}: this host takes that address, "
+                    "so that packets to the backend would end here",
+                )
+                if other.path not in told:
+                    told.add(other.path)
+                    theirs = f"backend {backend.shown_name!r} of service {draft.own.name!r}"
+                    report((*other.path, "listen"), f"{address} is already the address of {theirs}")
+
+
 def _misfit(backend: BackendPart, listen: Listen, forward: Forward) -> str:
     """Why this forward mode cannot bring this listener's packets to the backend; empty if it can."""
     family, port = backend.address.address.version, own_port(backend, listen)

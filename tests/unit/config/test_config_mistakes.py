@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from textwrap import indent
 
 import pytest
@@ -418,3 +419,49 @@ def test_every_mistake_is_told_in_one_run_in_the_order_of_the_lines() -> None:
 )
 def test_one_mistake_does_not_bring_up_others(text: str, mistake: str) -> None:
     assert mistakes(text) == [mistake]
+
+
+VIPS_AND_BACKENDS = [
+    ("203.0.113.10:80", "203.0.113.20:80", "10.0.0.11", "203.0.113.10"),
+    ("203.0.113.10:80", "203.0.113.20:53/udp", "10.0.0.11", "203.0.113.10"),
+    ("10.0.0.12:443", "203.0.113.20:80", "10.0.0.11", "10.0.0.12"),
+    ('"[2001:db8::10]:80"', '"[2001:db8::20]:80"', "fd00::11", "2001:db8:0::10"),
+]
+
+
+@pytest.mark.parametrize(("web", "dns", "of_web", "of_dns"), VIPS_AND_BACKENDS)
+@pytest.mark.parametrize("forward", ["nat", "dsr"])
+def test_a_backend_at_an_address_that_this_host_takes_is_told_at_both_places(
+    web: str, dns: str, of_web: str, of_dns: str, forward: str
+) -> None:
+    text = f"""
+services:
+  - name: web
+    listen: {web}
+    forward: {forward}
+    backends: [{{name: a, address: "{of_web}"}}]
+  - name: dns
+    listen: {dns}
+    forward: {forward}
+    backends: [{{name: b, address: "{of_dns}"}}]
+"""
+    with pytest.raises(ConfigError) as caught:
+        configuration.parse(text, "FILE")
+    first, second = caught.value.mistakes
+    address = ip_address(of_dns)
+    assert first == f"FILE:4: services[0].listen: {address} is already the address of backend 'b' of service 'dns'"
+    assert second == (
+        f"FILE:10: services[1].backends[0].address: on {address} listens service 'web': this host takes that address, "
+        "so that packets to the backend would end here"
+    )
+
+
+def test_a_listen_address_of_many_backends_is_told_once_at_the_service_and_at_each_of_them() -> None:
+    others = "".join(
+        f"  - {{name: s{n}, listen: '203.0.113.{20 + n}:80', backends: [{{address: 203.0.113.10}}]}}\n"
+        for n in range(3)
+    )
+    text = f"services:\n  - {{name: web, listen: '203.0.113.10:80', backends: [{{address: 10.0.0.1}}]}}\n{others}"
+    with pytest.raises(ConfigError) as caught:
+        configuration.parse(text, "FILE")
+    assert [mistake.split(":")[1] for mistake in caught.value.mistakes] == ["2", "3", "4", "5"]
