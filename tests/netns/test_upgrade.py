@@ -123,6 +123,23 @@ def test_maps_that_are_not_whole_are_built_anew_with_what_is_left_of_them(lab: L
         crowd.unchanged(silent_too=True)
 
 
+KEYS = {"first": {"hash_key": "the first key of all"}, "second": {"hash_key": "quite another key"}, "drawn": {}}
+
+
+@pytest.mark.parametrize(("before", "after"), [("first", "second"), ("first", "drawn"), ("drawn", "drawn")])
+def test_another_hash_key_is_said_to_break_flows(lab: Laboratory, balancer: Balancer, before: str, after: str) -> None:
+    balancer.write(web(lab, "maglev"), **KEYS[before])
+    balancer.up()
+    balancer.write(web(lab, "maglev"), **KEYS[after])
+    if before != after:
+        said = balancer.cli("diff", str(balancer.file), check=False).stdout
+        assert "only the next `up` takes it, and then breaks the flows" in " ".join(said.split())
+    balancer.kill()
+    (balancer.state / "hash_key").unlink(missing_ok=True)
+    balancer.up()
+    assert "hash_key is another one than before: flows of web break" in balancer.process.log()
+
+
 def test_something_else_under_a_maps_name_is_refused_and_packets_flow_on(lab: Laboratory, balancer: Balancer) -> None:
     balancer.up(web(lab, "maglev"))
     with ExitStack() as stack:

@@ -33,7 +33,8 @@ def changes(old: Config, new: Config) -> Iterator[Change]:
         for name in _differing([field.name for field in fields(before)], before, after):
             yield _change(part, f"{_title(name)} {_from_to(name, before, after)}")
     for name in _differing(_ONLY_AT_START, old, new):
-        yield _change(name, "not by a reload: only the next `up` takes it")
+        more = ", and then breaks the flows that the new key sends to other backends" if name == "hash_key" else ""
+        yield _change(name, f"not by a reload: only the next `up` takes it{more}")
     known, wanted = ({s.name: s for s in config.services} for config in (old, new))
     for name in known:
         if name not in wanted:

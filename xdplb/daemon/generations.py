@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from xdplb.abi import Features, Geometry
@@ -27,6 +29,12 @@ from xdplb.paths import Instance
 log = logging.getLogger(__name__)
 
 _GROWTHS = 3
+_NAMED = 8
+
+
+def _named(names: Collection[str]) -> str:
+    more = f" and {len(names) - _NAMED} more services" if len(names) > _NAMED else ""
+    return ", ".join(islice(names, _NAMED)) + more
 
 
 class Generations:
@@ -54,6 +62,11 @@ class Generations:
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
             return Engine(plane, self._key, config, statuses, record.applied(plane, notes), record.retired(notes))
+        if notes is not None and notes.services and notes.key not in ("", self._key.name):
+            log.warning(
+                "hash_key is another one than before: flows of %s break where it sends them to other backends",
+                _named(notes.services),
+            )
         self._left_behind = Counted.of(notes) if notes is not None else None
         geometry = requirements.geometry(config)
         left = Handover.of(notes, self._key) if notes is not None else None

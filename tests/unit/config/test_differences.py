@@ -173,3 +173,10 @@ def test_each_key_of_the_hosts_upkeep_is_one_line() -> None:
         ("change", "host", "addresses mend -> alarm"),
         ("change", "host", "interval 10s -> 30s"),
     ]
+
+
+def test_another_hash_key_breaks_flows_once_it_is_taken() -> None:
+    for before, after in ((None, "one key of the two"), ("one key of the two", "the other of the two"), ("a", None)):
+        ((kind, what, detail),) = lines(replace(config(WEB), hash_key=before), replace(config(WEB), hash_key=after))
+        assert (kind, what) == ("change", "hash_key")
+        assert detail.startswith("not by a reload: only the next `up` takes it, and then breaks the flows")
