@@ -67,7 +67,7 @@ Serve = Callable[["Daemon"], AbstractAsyncContextManager[object]]
 
 def run(options: DaemonOptions, serve: Serve) -> None:
     """Runs until told to end. Raises XdplbError where it cannot start, or cannot go on."""
-    log_to_stderr()
+    log_to_stderr(options.instance.log)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with steering_alone(options.instance):
