@@ -9,6 +9,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from xdplb.errors import DaemonUnreachable, UsageError, XdplbError
@@ -130,21 +131,31 @@ def make_directory(path: Path) -> None:
         directory.chmod(0o755)
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
     """Puts `text` in the place of what the file held. Whatever happens meanwhile, a power cut too, it is whole: the old
-    or the new. XdplbError, which leaves the old.
+    or the new; once this returns, the new. XdplbError, which leaves the old.
     """
     fresh = path.with_suffix(".new")
     try:
         make_directory(path.parent)
-        with fresh.open("w", encoding="utf-8") as file:
+        with open(fresh, "w", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
+            os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
+        _sync(path.parent)
     except OSError as error:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise XdplbError(
             f"{path} cannot be written: {error.strerror or error}", f"look at the disk: df -h {path.parent}"
         ) from error
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

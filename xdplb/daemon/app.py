@@ -246,7 +246,17 @@ class Daemon:
                 if self._reloader.serving:
                     self._reloader.keep_up()
                     flow_upkeep.settle(self.engine)
+                    self._tell_of_lost_overrides()
                     await asyncio.to_thread(flow_upkeep.sweep, self.engine)
+
+    def _tell_of_lost_overrides(self) -> None:
+        aside = self._overrides.unreadable
+        self.alarms.set(
+            aside.exists(),
+            "overrides-lost",
+            "what was drained or re-weighted by hand is forgotten: its file could not be understood",
+            f"set it again, then remove what is left of the file: rm {aside}",
+        )
 
     async def _beat(self) -> None:
         """From the event loop, so that one which is stuck counts as lost."""
@@ -294,7 +304,9 @@ class Daemon:
         """Reads the file again. Raises ConfigError with all its mistakes, XdplbError where there is no file."""
         path = self._config_path
         if path is None:
-            raise XdplbError("this xdplb was started without a configuration file", "xdplb up -c FILE reads one")
+            raise XdplbError(
+                "this xdplb was started without a configuration file, or from a pipe", "xdplb up -c FILE reads one"
+            )
         return await asyncio.to_thread(configuration.load, path)
 
     async def reload(self, config: Config) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from xdplb.errors import XdplbError
 from xdplb.model import Admin, Backend, BackendKey, Config
 from xdplb.paths import Instance, replace_file, state_directory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class Overrides:
             former.replace(path)
         return cls(path)
 
+    @property
+    def unreadable(self) -> Path:
+        """Where a file is put that cannot be understood: balancing does not wait for somebody to mend it."""
+        return self._path.with_name(f"{self._path.name}.unreadable")
+
     def set(self, key: BackendKey, backend: Backend, admin: Admin, weight: int | None) -> None:
         """Remembers it, on disk before it returns. The file's own values need no memory.
 
@@ -71,11 +79,13 @@ class Overrides:
                 self._overrides[BackendKey(*name.split("/", 1))] = Override(Admin(admin), weight, written)
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise XdplbError(
-                f"{self._path} cannot be read: {error}",
-                "remove it: what was drained or re-weighted by hand is forgotten then",
-            ) from error
+        except OSError as error:
+            hint = f"look at it: ls -l {self._path}"
+            raise XdplbError(f"{self._path} cannot be read: {error.strerror}", hint) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            log.warning("%s cannot be understood: %s", self._path, error)
+            self._overrides = {}
+            self._path.replace(self.unreadable)
 
     def _keep(self, overrides: dict[BackendKey, Override]) -> None:
         told = {str(key): [kept.admin, kept.weight, kept.written] for key, kept in overrides.items()}

@@ -126,6 +126,7 @@ def test_no_half_written_file_is_left_beside_it(path: Path) -> None:
         b"",
         b"{",
         b"null",
+        bytes(4096),
         b"[]",
         b"7",
         b'"x"',
@@ -138,14 +139,18 @@ def test_no_half_written_file_is_left_beside_it(path: Path) -> None:
         b'{"web": ["drain", null, "x"]}',
     ],
 )
-def test_a_file_that_is_no_such_file_is_named_and_not_touched(path: Path, content: bytes) -> None:
+def test_a_file_that_cannot_be_understood_stops_nothing_and_is_kept(
+    path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a power cut may leave it."""
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(XdplbError) as caught:
-        Overrides(path)
-    assert str(path) in caught.value.message
-    assert "remove it" in caught.value.hint
-    assert path.read_bytes() == content
+    overrides = Overrides(path)
+    assert held(overrides, config(A)) == {}
+    assert f"{path} cannot be understood" in caplog.text
+    assert overrides.unreadable.read_bytes() == content and not path.exists()
+    overrides.set(WEB_A, A, Admin.DRAIN, None)
+    assert held(Overrides(path), config(A)) == {WEB_A: (Admin.DRAIN, None)}
 
 
 def test_a_path_that_cannot_be_read(path: Path) -> None:

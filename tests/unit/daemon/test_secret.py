@@ -54,3 +54,20 @@ def test_where_it_cannot_be_kept_the_error_says_where(path: Path) -> None:
     with pytest.raises(XdplbError) as caught:
         hash_key(config())
     assert str(path) in caught.value.message and "hash_key: SECRET" in caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", bytes(65), b"\xff" * 64, b"0123abc"])
+def test_what_a_power_cut_left_is_no_secret(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    drawn = hash_key(config())
+    assert len(path.read_text().strip()) == 64 and hash_key(config()) == drawn
+    assert "holds no hash key" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o777])
+def test_one_that_others_could_read_is_closed_to_them(path: Path, mode: int) -> None:
+    before = hash_key(config())
+    path.chmod(mode)
+    assert hash_key(config()) == before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
