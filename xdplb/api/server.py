@@ -162,7 +162,8 @@ def _listen(path: Path) -> socket.socket:
         unready.replace(path)
     except OSError as error:
         listener.close()
-        hint = "Another directory: XDPLB_RUNTIME_DIRECTORY." if len(bytes(path)) > LONGEST_PATH else ""
+        elsewhere, disk = "Another directory: XDPLB_RUNTIME_DIRECTORY.", f"Look at the disk: df -hi {path.parent}"
+        hint = elsewhere if len(bytes(path)) > LONGEST_PATH else disk
         raise XdplbError(f"cannot open the control socket {path}: {error.strerror or error}", hint) from None
     return listener
 

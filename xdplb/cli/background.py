@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +26,7 @@ from xdplb.errors import XdplbError
 from xdplb.paths import Instance, make_directory
 
 _LOOK_AT_LOG_S = 0.1
+_FIRST_WORDS = 4096
 
 
 def start(instance: Instance, serve: Callable[[], int]) -> int:
@@ -104,15 +105,27 @@ def _died(instance: Instance) -> XdplbError:
 
 
 def _echo(words: BinaryIO) -> None:
-    sys.stderr.buffer.write(words.read())
-    sys.stderr.buffer.flush()
+    with suppress(OSError):  # they are in the log all the same
+        sys.stderr.buffer.write(words.read())
+        sys.stderr.buffer.flush()
 
 
 @contextmanager
 def _open_log(path: Path) -> Iterator[BinaryIO]:
     with path.open("ab", buffering=0) as log:
         path.chmod(0o640)
+        _make_sure_of_room(log, path)
         yield log
+
+
+def _make_sure_of_room(log: BinaryIO, path: Path) -> None:
+    """On a full disk the daemon would end without a word."""
+    end = log.tell()
+    try:
+        os.posix_fallocate(log.fileno(), end, _FIRST_WORDS)
+        os.ftruncate(log.fileno(), end)
+    except OSError as error:
+        raise XdplbError(f"{path} cannot be written: {error.strerror}", f"look at the disk: df -h {path}") from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,15 @@ def _backend_key(ctx: click.Context, param: click.Parameter, value: str) -> Back
     if not (service and backend):
         raise click.BadParameter(f"{value!r} is not SERVICE/NAME; one is web/a", ctx, param)
     return BackendKey(service, backend)
+
+
+class _Whole(click.IntRange):
+    """Digits of ASCII only: int() takes those of every script, blanks and underscores."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not re.fullmatch("-?[0-9]{1,19}", value):
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -113,7 +122,6 @@ def up(
     privileges.require("up")
 
     def serve() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon, which reloads then, is there to hear it
         from xdplb.api import lifecycle
 
         lifecycle.up(
@@ -164,10 +172,11 @@ def check(file: Path | None, schema: bool) -> None:
 def diff(file: Path | None, interface: str | None, output: str) -> int:
     """Show what a reload would change. Exit code 0: nothing, 10: something."""
     from xdplb.cli import startup
+    from xdplb.config import read as configuration
 
     path = file or startup.DEFAULT_CONFIG
-    startup.load(path, named=file is not None)
-    text = path.read_text("utf-8-sig")
+    text = startup.text_of(path, named=file is not None)
+    configuration.parse(text, str(path))
     answer = cast(Diff, client.call(only_instance(interface), "diff", _PLANNING_S, text=text, name=str(path)))
     _show_diff(answer, output, done=False)
     return 10 if answer["changes"] else 0
@@ -223,7 +232,7 @@ def stats(exact: bool, interface: str | None, output: str) -> None:
 
 
 @cli.command()
-@click.option("-n", "--count", type=click.IntRange(min=1), help="Print so many snapshots, a second apart, and end.")
+@click.option("-n", "--count", type=_Whole(min=1), help="Print so many snapshots, a second apart, and end.")
 @_interface
 def top(count: int | None, interface: str | None) -> None:
     """Show states and rates, live.
@@ -246,7 +255,7 @@ def top(count: int | None, interface: str | None) -> None:
 @cli.command()
 @click.option("--service", metavar="SERVICE", help="Only those of this service.")
 @click.option("--backend", metavar="NAME", help="Only those of backends of this name.")
-@click.option("--limit", type=click.IntRange(0), default=20, show_default=True, help="How many to list one by one.")
+@click.option("--limit", type=_Whole(0), default=20, show_default=True, help="How many to list one by one.")
 @_interface
 @_output
 def flows(service: str | None, backend: str | None, limit: int, interface: str | None, output: str) -> None:
@@ -318,7 +327,7 @@ def ready(key: BackendKey, interface: str | None) -> None:
 
 @backend.command()
 @_BACKEND
-@click.argument("weight", metavar="N", type=click.IntRange(0, 65535))
+@click.argument("weight", metavar="N", type=_Whole(0, 65535))
 @_interface
 def weight(key: BackendKey, weight: int, interface: str | None) -> None:
     """Set the share of new flows.
@@ -353,7 +362,7 @@ def bench(args: tuple[str, ...]) -> int | None:
 
 @cli.command()
 @click.argument("interface", metavar="IFACE")
-@click.option("--port", type=click.IntRange(1, 65535), default=6080, show_default=True, help="UDP port of gue.")
+@click.option("--port", type=_Whole(1, 65535), default=6080, show_default=True, help="UDP port of gue.")
 @click.option("--from", "gateways", multiple=True, metavar="PREFIX", help="Accept tunnel packets from there only.")
 @_MODE
 def decap(interface: str, port: int, gateways: tuple[str, ...], mode: str) -> None:
@@ -420,5 +429,5 @@ def _steer_and_wait(
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """The console script."""
+    """Runs the command line to its end."""
     raise SystemExit(terminal.run(cli, args))

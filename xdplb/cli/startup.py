@@ -17,7 +17,7 @@ DEFAULT_CONFIG = Path("/etc/xdplb/xdplb.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """`config_path` is absolute, as the daemon changes its directory; None where the command line says all."""
+    """`config_path` is absolute, as the daemon changes its directory; None where nothing can be read again."""
 
     instance: Instance
     interfaces: tuple[str, ...]
@@ -40,16 +40,32 @@ def settle(interfaces: Sequence[str], config_path: Path | None, listen: str | No
         path = (config_path or DEFAULT_CONFIG).absolute()
         loaded = load(path, named=config_path is not None)
     chosen = chosen or _choose(loaded.interfaces)
-    return Startup(named(chosen[0]), chosen, loaded, path)
+    return Startup(named(chosen[0]), chosen, loaded, path and _lasting(path))
+
+
+def _lasting(path: Path) -> Path | None:
+    """The file that a reload reads again. None for a pipe: what was in it is gone."""
+    if path.is_relative_to("/dev") or path.is_relative_to("/proc"):
+        path = path.resolve()
+        return path if path.is_file() else None
+    return path
 
 
 def load(path: Path, named: bool) -> Config:
-    """Raises ConfigError. `named`: by the user; the default file is allowed to be missing in kinder words."""
+    """Raises ConfigError."""
+    return configuration.parse(text_of(path, named), str(path))
+
+
+def text_of(path: Path, named: bool) -> str:
+    """Read once: it may be a pipe. `named`: by the user; the default file is allowed to be missing in kinder words.
+
+    Raises ConfigError.
+    """
     if not named and not path.exists():
         without = "xdplb up eth0 --listen 203.0.113.10:80 --backend 10.0.0.11"
         hint = f"Write it, name another file, or do without one: {without}"
         raise ConfigError([f"{path}: there is no configuration yet"], hint)
-    return configuration.load(path)
+    return configuration.text_of(path)
 
 
 def _choose(interfaces: Sequence[str]) -> tuple[str, ...]:

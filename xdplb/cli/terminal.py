@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +21,22 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """As shells say it: 128 + SIGINT."""
+
+
+_OF_THE_HOST = {
+    errno.ENOSPC: "Make room: df -h says which disk is full.",
+    errno.EDQUOT: "Make room, or raise the quota.",
+    errno.EROFS: "Mount it to be written: mount -o remount,rw ...",
+    errno.EACCES: "Even root may not: look at the mount, the security module, and the service's restrictions.",
+    errno.EPERM: "Even root may not: look at the mount, the security module, and the service's restrictions.",
+    errno.EIO: "Look at the disk: dmesg.",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n.",
+    errno.ENFILE: "Raise the limit of open files: sysctl fs.file-max.",
+    errno.ENOMEM: "Give it more memory.",
+    errno.ENOTDIR: "Move away what stands in the place of a directory.",
+    errno.ELOOP: "Look at the links on that path.",
+}
+"""Errors that are no bug, and what to do about each."""
 
 
 class HelpWanted(click.UsageError):
@@ -39,7 +58,13 @@ def show(renderable: RenderableType) -> None:
 
 
 def complain(error: XdplbError) -> int:
-    """Prints the error as people read it; returns its exit code."""
+    """Prints the error as people read it; returns its exit code, also where it cannot be printed."""
+    with suppress(OSError):
+        _print(error)
+    return error.exit_code
+
+
+def _print(error: XdplbError) -> None:
     if isinstance(error, CompileError) and error.log:
         click.echo(error.log.rstrip("\n"), err=True)
     if isinstance(error, ConfigError):
@@ -49,7 +74,6 @@ def complain(error: XdplbError) -> int:
         click.echo(f"xdplb: {error.message}", err=True)
     if error.hint:
         click.echo(f"  hint: {error.hint}", err=True)
-    return error.exit_code
 
 
 def guarded(action: Callable[[], object]) -> int:
@@ -62,13 +86,38 @@ def guarded(action: Callable[[], object]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         raise
-    except PermissionError as error:
-        return complain(NotPrivileged(f"{error.filename or 'xdplb'}: {error.strerror or error}", "Run it with sudo."))
+    except OSError as error:
+        if error.errno not in _OF_THE_HOST:
+            return _bug()
+        return complain(_in_words(error))
     except Exception:
+        return _bug()
+    return result if isinstance(result, int) else 0
+
+
+def _bug() -> int:
+    with suppress(OSError):
         traceback.print_exc()
         click.echo("xdplb: this is a bug. Please report it with the lines above.", err=True)
-        return XdplbError.exit_code
-    return result if isinstance(result, int) else 0
+    return XdplbError.exit_code
+
+
+def _in_words(error: OSError) -> XdplbError:
+    """What this host refuses, and where."""
+    if _while_printing(error):
+        return XdplbError(f"the output cannot be written: {error.strerror}")
+    words = f"{error.filename}: {error.strerror}" if error.filename else f"this host refuses: {error.strerror}"
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        return NotPrivileged(words, "Run it with sudo.")
+    return XdplbError(words, _OF_THE_HOST[error.errno or 0])
+
+
+def _while_printing(error: OSError) -> bool:
+    """Everything is printed by click and rich, which say no name of a file."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals["__name__"].partition(".")[0] in ("click", "rich")
 
 
 def run(command: click.Command, args: Sequence[str] | None) -> int:
@@ -85,12 +134,20 @@ def run(command: click.Command, args: Sequence[str] | None) -> int:
             return INTERRUPTED
 
     try:
-        code = guarded(invoke)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has what it wanted; nothing may be flushed at exit any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return guarded(invoke) or guarded(partial(click.echo, nl=False))
+    except BrokenPipeError:  # the reader has what it wanted
         return XdplbError.exit_code
-    return code
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """What could not be written is not tried again at exit, where it would be a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _explain_usage(error: click.UsageError) -> int:

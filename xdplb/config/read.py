@@ -150,6 +150,11 @@ def _tls(tls: TlsPart) -> model.Tls:
 
 def load(path: Path) -> model.Config:
     """The configuration of a file. Raises ConfigError."""
+    return parse(text_of(path), str(path))
+
+
+def text_of(path: Path) -> str:
+    """Raises ConfigError where there is no such file, or no text in it."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -159,12 +164,11 @@ def load(path: Path) -> model.Config:
         hint = "Look at the permissions with ls -l, or run as root." if isinstance(error, PermissionError) else ""
         raise ConfigError([f"{path}: cannot be read: {(error.strerror or str(error)).lower()}"], hint) from None
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         mistake = f"{path}:{line}: the byte {data[error.start]:#04x} is not UTF-8 text"
         raise ConfigError([mistake], "Save the file as UTF-8 (iconv -t UTF-8 converts it).") from None
-    return parse(text, str(path))
 
 
 @yamllines.gc_paused()

@@ -82,7 +82,7 @@ async def _run(options: DaemonOptions, serve: Serve) -> None:
             try:
                 await daemon.run(serve)
             except ExceptionGroup as group:
-                ours, bugs = group.split(XdplbError)
+                ours, bugs = group.split((XdplbError, OSError))
                 if ours is not None and bugs is None:
                     raise _first(ours) from None
                 daemon.leave()  # a bug in the control plane does not stop packets
@@ -138,7 +138,7 @@ def _alarm_of_checks(alarms: Alarms, trouble: str | None) -> None:
     )
 
 
-def _first(group: ExceptionGroup[XdplbError]) -> XdplbError:
+def _first(group: ExceptionGroup[Exception]) -> Exception:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
 
