@@ -299,6 +299,7 @@ def traces(lab: Laboratory) -> dict[str, str]:
         "pins": shell(f"find {lab.pins} 2>/dev/null || true"),
         "runtime": shell(f"find {lab.gateway.environment['XDPLB_RUNTIME_DIRECTORY']} 2>/dev/null || true"),
         "offloads": "".join(shell(f"ethtool -k {name}") for name in lab.gateway.interfaces),
+        "routes": shell("{ ip route show table all; ip -6 route show table all; } | sort"),
         "neighbours": shell("ip neigh | grep -c -e managed -e 'proto xdplb' || true"),
     }
 

@@ -38,10 +38,15 @@ class Ledger:
     programs: list[int] = field(default_factory=list)
     relies: list[str] = field(default_factory=list)
     namespace: int = 0
+    _saved: str = field(default="", compare=False)
 
     def save(self) -> None:
-        """Raises XdplbError; then nothing may be changed."""
-        replace_file(self.path, json.dumps({name: value for name, value in asdict(self).items() if name != "path"}))
+        """Raises XdplbError; then nothing may be changed. What is noted already needs no room on the disk."""
+        notes = asdict(self)
+        text = json.dumps({name: notes[name] for name in notes if name not in ("path", "_saved")})
+        if text != self._saved or not self.path.exists():
+            replace_file(self.path, text)
+            self._saved = text
 
     def know(self, interfaces: Sequence[Interface]) -> None:
         """Takes note of the interfaces as they are; those that were noted under another name get their new one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.upkeep import Difference
-from xdplb.errors import NotCapable
+from xdplb.errors import NotCapable, XdplbError
 from xdplb.net.links import Attached
 from xdplb.net.next_hops import Interface
 
@@ -61,7 +62,8 @@ class Ports:
                 found.append(_down(now))
         if [(i.index, i.name, i.mac) for i in before] != [(i.index, i.name, i.mac) for i in self.all]:
             self._ledger.know(self.all)
-            self._ledger.save()
+            with suppress(XdplbError):  # `down` finds it by its index as well
+                self._ledger.save()
         return found
 
     async def _returned(self, place: int) -> Interface | None:

@@ -127,3 +127,22 @@ def test_three_instances_one_after_another() -> None:
     third.absorb(Instance("eth2"))
     assert third.bequeath(Instance("eth2")) == []
     assert third.addresses == [("eth0", VIP)] and third.sysctls == {EVERYWHERE: "0"}
+
+
+def test_what_is_noted_already_needs_no_room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what was taken away is put back on a full disk as well."""
+    kept = full()
+
+    def refuse(path: Path, text: str) -> None:
+        raise XdplbError(f"{path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(ledger, "replace_file", refuse)
+    kept.save()
+    kept.addresses.append(("eth0", "203.0.113.2"))
+    with pytest.raises(XdplbError, match="No space left"):
+        kept.save()
+    kept.addresses.pop()
+    kept.save()
+    kept.path.unlink()
+    with pytest.raises(XdplbError):
+        kept.save()
