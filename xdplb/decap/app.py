@@ -18,11 +18,13 @@ from typing import Any
 
 from xdplb.core.address_table import address_words
 from xdplb.daemon import notify
+from xdplb.daemon.ledger import this_namespace
 from xdplb.daemon.lock import locked
 from xdplb.daemon.logs import log_to_stderr
 from xdplb.dataplane import bundle, loader, syscall
 from xdplb.errors import ForeignProgram, UsageError
 from xdplb.model import Address, AttachMode
+from xdplb.net import bulk
 from xdplb.net.links import Links
 from xdplb.net.next_hops import Interface
 from xdplb.paths import pin_directory, pin_name, runtime_directory
@@ -41,7 +43,8 @@ def run(interface: str, port: int, mode: str, gateways: Sequence[str] = ()) -> N
     """
     log_to_stderr()
     prefixes = [_prefix(text) for text in gateways]
-    lock = runtime_directory() / f"decap-{interface}.lock"
+    link = bulk.link_named(interface)
+    lock = runtime_directory() / f"decap-{this_namespace()}-{link.index if link else 0}.lock"
     with locked(lock, f"another xdplb decap runs on {interface}", "end that one first"):
         asyncio.run(_run(interface, port, AttachMode(mode), prefixes))
         lock.unlink(missing_ok=True)
@@ -98,27 +101,37 @@ def _pin(interface: str) -> Path:
 
 async def _attach(links: Links, interface: Interface, program: int, mode: AttachMode) -> None:
     """In place of the program that a killed run left, or where none is. The pin says which one is ours."""
-    pin = _pin(interface.name)
     current = await links.attached(interface.index)
-    previous = None
-    with suppress(OSError):
-        previous = syscall.get(pin)
+    left, previous = _left_behind(current.prog_id) if current is not None else (None, None)
     try:
-        if current is not None and (previous is None or syscall.program_id(previous) != current.prog_id):
+        if current is not None and previous is None:
             raise ForeignProgram(
                 f"{interface.name} runs an XDP program already (id {current.prog_id}), and it is not this decapsulator",
                 f"see whose it is: bpftool prog show id {current.prog_id}; remove it: ip link set dev {interface.name} "
                 "xdp off",
             )
-        attachment = await links.attach(interface.index, program, mode, expected_fd=previous if current else None)
+        attachment = await links.attach(interface.index, program, mode, expected_fd=previous)
     finally:
         if previous is not None:
             os.close(previous)
-    with suppress(FileNotFoundError):
-        pin.unlink()
+    pin = _pin(interface.name)
+    for stale in (left, pin):
+        if stale is not None:
+            stale.unlink(missing_ok=True)
     syscall.pin(program, pin)
     why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
     log.info("%s: decapsulating in %s mode%s", interface.name, attachment.mode, why)
+
+
+def _left_behind(program: int) -> tuple[Path | None, int | None]:
+    """The pin of a decapsulator of this id, under whatever name its interface had, and its descriptor."""
+    for pin in pin_directory().glob("decap-*"):
+        with suppress(OSError):
+            descriptor = syscall.get(pin)
+            if syscall.program_id(descriptor) == program:
+                return pin, descriptor
+            os.close(descriptor)
+    return None, None
 
 
 class _Own:
