@@ -56,6 +56,8 @@ def _transition(answer: Explanation) -> str:
     if slot["previous"] is None and not slot["window_left_s"]:
         return f"{slot['backend'] or 'nobody'}'s, not settled"
     left = f", for {span(slot['window_left_s'])} more" if slot["window_left_s"] else ", its time is over"
+    if slot["previous"] == slot["backend"]:
+        return f"in transition: {slot['backend'] or 'nobody'} had it before, and has it again{left}"
     return f"in transition to {slot['backend'] or 'nobody'}: before it was {slot['previous'] or 'nobody'}'s{left}"
 
 

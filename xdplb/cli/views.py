@@ -117,6 +117,8 @@ def _serving(service: ServiceStatus) -> Text:
     )
     if not up:
         return Text("NONE UP" if total else "NO BACKENDS", ALARM)
+    if not any(backend["effective_weight"] for backend in service["backends"]):
+        return Text(f"{up} of {total} up, NO NEW FLOWS", ALARM)
     return Text(f"{up} of {total} up", FINE if up == total else WARNING)
 
 

@@ -101,6 +101,11 @@ def test_where_nothing_is_done_little_is_said() -> None:
         ({"window_left_s": 0}, "17 of 512, in transition to b: before it was a's, its time is over"),
         ({"backend": None}, "17 of 512, in transition to nobody: before it was a's, for 14m more"),
         ({"previous": None}, "17 of 512, in transition to b: before it was nobody's, for 14m more"),
+        ({"previous": "b"}, "17 of 512, in transition: b had it before, and has it again, for 14m more"),
+        (
+            {"previous": "b", "window_left_s": 0},
+            "17 of 512, in transition: b had it before, and has it again, its time is over",
+        ),
         ({"previous": None, "window_left_s": 0}, "17 of 512, b's, not settled"),
     ],
 )

@@ -105,6 +105,16 @@ def test_a_service_without_a_working_backend_stands_out() -> None:
     assert rendered(views.status({"services": []}, NOW)) == "no services"
 
 
+@pytest.mark.parametrize(
+    "fields", [{"weight": 0}, {"admin": "drain"}, {"reachable": True, "weight": 0, "admin": "drain"}]
+)
+def test_a_service_that_refuses_new_flows_stands_out_though_its_backends_work(fields: dict[str, Any]) -> None:
+    """By command: in the file it is a mistake."""
+    answer = a_status(*(a_backend(name, effective_weight=0, **fields) for name in "ab"))
+    assert "2 of 2 up, NO NEW FLOWS" in rendered(views.status(answer, NOW)).splitlines()[1]
+    assert views.problems(answer) == ["service web: no backend takes new flows"]
+
+
 def test_a_backend_without_a_next_hop_takes_no_packets_and_stands_out() -> None:
     answer = a_status(a_backend("a", reachable=False), a_backend("b", reachable=True, backup=True))
     lines = rendered(views.status(answer, NOW)).splitlines()
