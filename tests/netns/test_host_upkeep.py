@@ -274,3 +274,23 @@ def test_an_egress_that_drops_redirected_frames_is_told(lab: Laboratory, balance
         lab.client.shell("ethtool -K eth0 gro on")
     await_until(lambda: not alarms(balancer), "no alarm is left", timeout_s=15)
     assert works(lab)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_backend_that_changed_its_mac_without_a_word_is_found_by_its_check(lab: Laboratory, version: int) -> None:
+    """The kernel would trust its neighbour entry for another 20 seconds."""
+    backend, *_ = lab.backends
+    check = {"type": "tcp", "interval": "500ms", "timeout": "500ms", "fall": 1}
+    before = mac_of(backend)
+    with balancing(lab, service("web", at(VIP[version], 80), backends_of(lab, version)[:1], check=check)) as balancer:
+        time.sleep(1.1)  # the kernel takes no answer within a second of the last change (locktime)
+        begun = time.monotonic()
+        backend.shell("ip link set dev eth0 address 02:00:00:00:00:77")
+        try:
+            await_until(lambda: not works(lab, version), "the old address leads nowhere")
+            await_until(lambda: works(lab, version), "the new address is known")
+            assert time.monotonic() - begun < 2.0
+            assert balancer.states("web") == {backend.name: "up"}
+        finally:
+            backend.shell(f"ip link set dev eth0 address {before}")
+            lab.gateway.shell("ip neigh flush all")

@@ -245,6 +245,34 @@ def test_a_new_mac_is_followed(lab: Lab) -> None:
     lab.run(test)
 
 
+@pytest.mark.parametrize("address", [BACKEND4, BACKEND6])
+def test_a_mac_that_changed_without_a_word_is_asked_for(lab: Lab, address: Address) -> None:
+    async def test() -> None:
+        async with watching(address) as seen:
+            await seen.state(address, NextHopState.REACHABLE)
+            lab.be("link set be0 address 02:00:00:00:00:99")
+            seen.watcher.doubt(address)
+            await seen.record(address, lambda record: record.dest_mac == bytes.fromhex("020000000099"))
+            assert not seen.troubles
+
+    setting = "net.ipv4.neigh.gw0.locktime=0"  # the entry is younger than that second
+    subprocess.run(["ip", "netns", "exec", lab.gateway, "sysctl", "-qw", setting], check=True)
+    lab.run(test)
+
+
+@pytest.mark.parametrize("address", [BACKEND4, BACKEND6])
+def test_a_neighbour_in_doubt_that_stays_silent_keeps_its_mac(lab: Lab, address: Address) -> None:
+    async def test() -> None:
+        async with watching(address) as seen:
+            before = await seen.state(address, NextHopState.REACHABLE)
+            lab.be(f"addr del {address}/{24 if address.version == 4 else 64} dev be0")
+            seen.watcher.doubt(address)
+            await asyncio.sleep(0.3)
+            assert seen.watcher.records[address] == before and not seen.troubles
+
+    lab.run(test)
+
+
 def test_a_flushed_table_recovers_without_losing_the_mac(lab: Lab) -> None:
     async def test() -> None:
         async with watching(BACKEND4, BACKEND6) as seen:

@@ -217,12 +217,19 @@ class BackendMonitor:
         if result.word is not None:
             self._on_word(key, result.word)
         before = self.health[key]
+        if before.state is HealthState.UP and before.streak == 0 and result.reason.endswith("TOUT"):
+            self._doubt_next_hop(self._targets[key].address)
         now = self.health[key] = health.observe(before, result, self._targets[key].check, time.time())
         if now.state is before.state:
             return
         self._news.set()
         log.info("%s: %s -> %s (%s)", key, before.state, now.state, now.why)
         self._change(key, lambda status: replace(status, health=now.state))
+
+    def _doubt_next_hop(self, address: Address) -> None:
+        """After a silence: its MAC may be another one by now. If it is, the backend is checked again at once."""
+        self._lost.add(address)
+        self._watcher.doubt(address)
 
     def _on_word(self, key: BackendKey, word: AgentWord) -> None:
         before = self.statuses.get(key).agent

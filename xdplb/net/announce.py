@@ -1,7 +1,8 @@
-"""An address on the wire: is it taken by another host, and from now on it is here.
+"""An address on the wire: is it taken by another host, where is its host now, and from now on it is here.
 
 Frames go out as they stand here, past this host's own tables. Functions block; they are for threads.
 
+Questions: RFC 826, RFC 4861 7.2.2. Their answers are for the kernel, which keeps the tables.
 Probes: RFC 5227 2.1.1 (ARP from nobody), RFC 4862 5.4 (neighbour solicitation from the unspecified address).
 Announcements: RFC 5227 2.3 (ARP of both sides the same), RFC 4861 7.2.6 (unsolicited neighbour advertisement).
 """
@@ -23,7 +24,7 @@ ETH_P_ARP, ETH_P_IPV6 = 0x0806, 0x86DD
 ARP_REQUEST = 1
 NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 135, 136
 NA_OVERRIDE = 0x20000000
-TARGET_LINK_LAYER_ADDRESS = 2
+SOURCE_LINK_LAYER_ADDRESS, TARGET_LINK_LAYER_ADDRESS = 1, 2
 ICMP6_FILTER = 1
 SO_BINDTODEVICE = 25
 BROADCAST = b"\xff" * 6
@@ -39,6 +40,11 @@ _ARP = struct.Struct("!HHBBH6s4s6s4s")
 def announce(interface: Interface, addresses: Iterable[Address]) -> None:
     """Tells all hosts on the link that these addresses are at the interface's MAC. Raises OSError."""
     _send(interface, [_announcement(interface.mac, address) for address in addresses])
+
+
+def ask(interface: Interface, source: Address, neighbours: Iterable[Address]) -> None:
+    """Asks the whole link where these neighbours are, in the name of `source`, of the same family. Raises OSError."""
+    _send(interface, [_question(interface.mac, source, neighbour) for neighbour in neighbours])
 
 
 def owners(interface: Interface, addresses: Collection[Address]) -> dict[Address, bytes]:
@@ -70,11 +76,22 @@ def _announcement(mac: bytes, address: Address) -> bytes:
     return _icmp6(mac, address, ALL_NODES, NEIGHBOUR_ADVERTISEMENT, body)
 
 
+def _question(mac: bytes, source: Address, address: Address) -> bytes:
+    if isinstance(address, IPv4Address):
+        return _arp(mac, IPv4Address(source), address)
+    option = struct.pack("!BB6s", SOURCE_LINK_LAYER_ADDRESS, 1, mac)
+    return _solicitation(mac, IPv6Address(source), address, option)
+
+
 def _probe(mac: bytes, address: Address) -> bytes:
     if isinstance(address, IPv4Address):
         return _arp(mac, IPv4Address(0), address)
+    return _solicitation(mac, IPv6Address(0), address)
+
+
+def _solicitation(mac: bytes, source: IPv6Address, address: IPv6Address, option: bytes = b"") -> bytes:
     solicited = IPv6Address(int(IPv6Address("ff02::1:ff00:0")) | int(address) & 0xFFFFFF)
-    return _icmp6(mac, IPv6Address(0), solicited, NEIGHBOUR_SOLICITATION, struct.pack("!I16s", 0, address.packed))
+    return _icmp6(mac, source, solicited, NEIGHBOUR_SOLICITATION, struct.pack("!I16s", 0, address.packed) + option)
 
 
 def _arp(mac: bytes, sender: IPv4Address, target: IPv4Address) -> bytes:

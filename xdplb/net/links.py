@@ -162,6 +162,14 @@ class Links:
         """Tells the link that these addresses are here: gratuitous ARP, unsolicited neighbour advertisements."""
         await self._on_the_wire(interface, announce.announce, tuple(addresses))
 
+    async def ask(self, interface: Interface, source: Address, neighbours: Iterable[Address]) -> None:
+        """Asks where these neighbours are now. Whatever answers is told as an event."""
+
+        def ask(interface: Interface, neighbours: tuple[Address, ...]) -> None:
+            announce.ask(interface, source, neighbours)
+
+        await self._on_the_wire(interface, ask, tuple(neighbours))
+
     async def owners(self, interface: Interface, addresses: Collection[Address]) -> dict[Address, bytes]:
         """Which of the addresses another host on the link answers for, with its MAC. Takes a third of a second."""
         return await self._on_the_wire(interface, announce.owners, tuple(addresses)) or {}

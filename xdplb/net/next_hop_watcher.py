@@ -41,6 +41,8 @@ DEBOUNCE_S = 0.05
 TEND_INTERVAL_S = 1.0
 LOOK_AGAIN_EVERY_S = 10.0
 """All routes are looked up anew within this time, so that an event that never came does not count for long."""
+ASK_AGAIN_S = 1.0
+"""How often a neighbour in doubt is asked at most. For so long the kernel sticks to a new answer (locktime)."""
 SLICE = 250
 """Addresses looked up before something else has its turn: some milliseconds."""
 RESUBSCRIBE_PAUSE_S = 0.1
@@ -55,6 +57,7 @@ class Kernel(Protocol):
     async def routes(self, addresses: Collection[Address]) -> Mapping[Address, Route | None]: ...
     async def keep_resolved(self, key: NeighbourKey) -> None: ...
     async def release(self, entry: Neighbour) -> None: ...
+    async def ask(self, interface: Interface, source: Address, neighbours: Iterable[Address]) -> None: ...
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
 
 
@@ -91,6 +94,8 @@ class NextHopWatcher:
         self._unused: set[NeighbourKey] = set()
         self._told: set[NeighbourKey] = set()
         self._unresolved: set[Address] = set()
+        self._doubted: set[Address] = set()
+        self._doubt = asyncio.Event()
         self._work = asyncio.Event()
         self._complaint = ""
 
@@ -109,6 +114,14 @@ class NextHopWatcher:
         self._look_up(wanted - self._addresses)
         self._addresses = wanted
         self._sorted = {version: sorted(a for a in wanted if a.version == version) for version in (4, 6)}
+
+    def doubt(self, address: Address) -> None:
+        """There is no answer from `address`: its next hop may have another MAC by now, without a word of it.
+
+        So the link is asked (RFC 1122, 2.3.2.1), past the kernel, which would wait for 20 s. No answer changes nothing.
+        """
+        self._doubted.add(address)
+        self._doubt.set()
 
     async def run(self) -> None:
         """Runs until cancelled; then gives back the neighbour entries that it kept resolved."""
@@ -129,6 +142,7 @@ class NextHopWatcher:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._resolve())
                 tasks.create_task(self._tend())
+                tasks.create_task(self._ask())
                 async for event in events:
                     self._apply(event)
 
@@ -250,6 +264,33 @@ class NextHopWatcher:
             if asyncio.get_running_loop().time() - latest >= self._look_again_s:
                 latest = asyncio.get_running_loop().time()
                 await self._read_neighbours()
+
+    async def _ask(self) -> None:
+        while True:
+            await self._doubt.wait()
+            await asyncio.sleep(DEBOUNCE_S)
+            self._doubt.clear()
+            doubted, self._doubted = self._doubted, set()
+            questions: dict[tuple[Interface, Address], set[Address]] = {}
+            for address in doubted:
+                if (question := self._question(address)) is not None:
+                    interface, source, neighbour = question
+                    questions.setdefault((interface, source), set()).add(neighbour)
+            for (interface, source), neighbours in questions.items():
+                await self._kernel.ask(interface, source, neighbours)
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    def _question(self, address: Address) -> tuple[Interface, Address, Address] | None:
+        """From where, in which name, for which neighbour. None where a question can tell nothing."""
+        route = self._routes.get(address)
+        interface = self._interfaces.get(route.ifindex) if route else None
+        if route is None or route.local or route.source is None or interface is None:
+            return None
+        key = route.neighbour_of(address)
+        entry = self._neighbours.get(key)
+        if route.source.version != key.address.version or (entry is not None and entry.fixed):
+            return None
+        return interface, route.source, key.address
 
     async def _read_neighbours(self) -> None:
         """But for those of which an event told meanwhile, which is newer."""

@@ -140,6 +140,7 @@ class Kernel:
         self.elsewhere: dict[Address, bytes] = {}
         self.refuses: Mapping[str, Exception] = {}
         self.redirects: bool | None = None
+        self.fixed = True
         self.senders: dict[bytes, bool] = {}
         self.changed = asyncio.Event()
 
@@ -181,8 +182,9 @@ class Kernel:
         return {address: self.elsewhere[address] for address in addresses if address in self.elsewhere}
 
     async def neighbours(self) -> list[Neighbour]:
+        state = Nud.PERMANENT if self.fixed else Nud.REACHABLE
         return [
-            Neighbour(NeighbourKey(FRONT.index, IPv4Address(f"10.0.0.{n}")), Nud.PERMANENT, BACKEND_MAC, fixed=True)
+            Neighbour(NeighbourKey(FRONT.index, IPv4Address(f"10.0.0.{n}")), state, BACKEND_MAC, fixed=self.fixed)
             for n in range(1, 9)
         ]
 
@@ -194,6 +196,9 @@ class Kernel:
 
     async def release(self, entry: Neighbour) -> None:
         pass
+
+    async def ask(self, interface: Interface, source: Address, neighbours: Iterable[Address]) -> None:
+        self.log += [f"ask for {neighbour} in the name of {source}" for neighbour in neighbours]
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[Event]]:

@@ -19,6 +19,7 @@ from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.overrides import Overrides
 from xdplb.dataplane.manifest import Manifest, ServiceRecord
 from xdplb.model import Admin, BackendKey, CheckType, HealthState
+from xdplb.net.next_hop_watcher import DEBOUNCE_S
 
 A, B = BackendKey("web", "a"), BackendKey("web", "b")
 ALIVE, DEAD = Verdict(True, "L4OK"), Verdict(False, "L4CON", "connection refused")
@@ -32,8 +33,9 @@ class House:
         self.changed: list[BackendKey] = []
         self.heard = asyncio.Event()
         self.overrides = Overrides(tmp_path / "overrides.json")
+        self.kernel = Kernel()
         self.monitor = BackendMonitor(
-            Kernel(),
+            self.kernel,
             self.overrides,
             self._on_change,
             lambda event: None,
@@ -182,6 +184,19 @@ async def test_a_backend_that_the_file_drops_is_forgotten(house: House) -> None:
 
 
 AGENT = replace(TCP, type=CheckType.AGENT, interval_s=0.01)
+
+
+@in_house
+async def test_a_silent_backend_has_its_next_hop_asked_for_once(house: House) -> None:
+    silent = Verdict(False, "L4TOUT", "no connection within 1s")
+    house.kernel.fixed = False
+    house.monitor.follow(config(service("a", check=replace(TCP, interval_s=0.01, fall=2))))
+    await house.monitor.first_verdicts()
+    assert not house.kernel.log
+    house.answers["10.0.0.1"] = silent
+    await house.until(lambda: house.monitor.statuses.get(A).health is HealthState.DOWN)
+    await asyncio.sleep(2 * DEBOUNCE_S)
+    assert house.kernel.log == ["ask for 10.0.0.1 in the name of 10.0.0.254"]
 
 
 def says(admin: Admin | None, percent: int | None = None, ok: bool = True) -> Verdict:
