@@ -380,7 +380,7 @@ def test_stopping_while_a_neighbour_is_silent_leaves_no_entry(lab: Lab) -> None:
 def test_entries_of_a_killed_predecessor_are_given_back(lab: Lab) -> None:
     async def test() -> None:
         async with Links() as links:
-            await links.keep_resolved(NeighbourKey((await links.interface("gw0")).index, BACKEND4))
+            await links.keep_resolved([NeighbourKey((await links.interface("gw0")).index, BACKEND4)])
         assert "managed" in neighbour_line(lab, BACKEND4)
         async with watching(BACKEND4) as seen:
             await seen.state(BACKEND4, NextHopState.REACHABLE)

@@ -239,9 +239,7 @@ async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = N
     await Addresses(network, Ports(network, [], notes), notes, Alarms()).remove(None)
     kernel_settings.restore(notes, sysctls or Sysctls())
     if not ledger.others(instance, notes.namespace):  # the last one gives back what all of them kept
-        for neighbour in await network.neighbours():
-            if neighbour.ours:
-                await network.release(neighbour)
+        await network.release([neighbour for neighbour in await network.neighbours() if neighbour.ours])
     if instance.pins.exists():
         done.append(f"removed the maps pinned in {instance.pins}")
     loader.remove_pins(instance.pins)

@@ -11,26 +11,31 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from xdplb.errors import XdplbError
 from xdplb.model import Address, Network
 from xdplb.net import rtnl
-from xdplb.net.next_hops import Neighbour, NeighbourKey, Nud, Route
+from xdplb.net.next_hops import HAS_MAC, EventsLostError, Neighbour, NeighbourEvent, NeighbourKey, Nud, Route
 
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 18, 22, 26, 30
-NLM_F_REQUEST, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x01, 0x300, 0x10
+_T = TypeVar("_T")
+
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 29, 30
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x01, 0x04, 0x100, 0x400
+NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_ALT_IFNAME, IFNAMSIZ = 1, 3, 53, 16
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
 RTAX_MTU = 2
 NDA_DST, NDA_LLADDR, NDA_PROTOCOL, NDA_FLAGS_EXT = 1, 2, 12, 15
+NTF_USE = 0x01
+RTPROT_KERNEL = 2
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_TABLE_LOCAL = 255
 SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
@@ -40,6 +45,9 @@ NO_ROUTE = {
     *(errno.ENODEV, errno.ENETDOWN),
 }
 BUFFER_BYTES = 1 << 18
+EVENT_BYTES = 1 << 16
+SO_RCVBUFFORCE = 33
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 BATCH = 64
 """Questions under way at once: their answers must fit into the receive buffer."""
 ATTEMPTS = 10
@@ -103,30 +111,39 @@ def link_named(name: str) -> Link | None:
 
 def routes(addresses: Collection[Address]) -> dict[Address, Route | None]:
     """The way a packet from this host to each address would take; None where there is none."""
-    found: dict[Address, Route | None] = {}
-    wanted = iter(addresses)
+    return {address: _route(address, answer) for address, answer in _asked(addresses, _route_request)}
+
+
+def _asked(items: Iterable[_T], request: Callable[[int, _T], bytes]) -> Iterator[tuple[_T, Message]]:
+    """The one answer to each request, which is built from its number and its item."""
+    waiting = iter(items)
     with _socket() as requests:
         requests.settimeout(5)
         requests.bind((0, 0))
-        while batch := list(islice(wanted, BATCH)):
-            requests.send(b"".join(_route_request(number, address) for number, address in enumerate(batch)))
+        while batch := list(islice(waiting, BATCH)):
+            requests.send(b"".join(request(number, item) for number, item in enumerate(batch)))
             missing = len(batch)
             while missing:
                 for message in messages(memoryview(requests.recv(BUFFER_BYTES))):
                     missing -= 1
-                    found[batch[message.number]] = _route(batch[message.number], message)
-    return found
+                    yield batch[message.number], message
 
 
 def _route_request(number: int, address: Address) -> bytes:
     packed = address.packed
-    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
-    body = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
-    body += struct.pack("=HH", 4 + len(packed), RTA_DST) + packed
+    body = _ROUTE.pack(_family(address), 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_DST, packed)
     return _HEADER.pack(_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, number, 0) + body
 
 
-def _route(address: Address, message: _Message) -> Route | None:
+def _family(address: Address) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value.ljust((len(value) + 3) & ~3, b"\0")
+
+
+def _route(address: Address, message: Message) -> Route | None:
     """None for routes that lead to no single host: unreachable, blackhole, broadcast, multicast."""
     if message.kind == NLMSG_ERROR:
         if message.error not in NO_ROUTE:
@@ -169,6 +186,68 @@ def _neighbour(message: memoryview) -> Neighbour | None:
         ours=bool(protocol and protocol[0] == rtnl.NEIGHBOUR_PROTOCOL),
         fixed=bool(state & (Nud.PERMANENT | Nud.NOARP) or flags & rtnl.NTF_EXT_LEARNED),
     )
+
+
+def keep_resolved(keys: Iterable[NeighbourKey]) -> dict[NeighbourKey, int]:
+    """Has neighbours resolved now, kept so, and marked as ours. The errno of each that the kernel refused."""
+    attributes = {NDA_PROTOCOL: bytes([rtnl.NEIGHBOUR_PROTOCOL]), NDA_FLAGS_EXT: _WORD.pack(rtnl.NTF_EXT_MANAGED)}
+    return _refused(keys, lambda number, key: _neighbour_request(number, key, RTM_NEWNEIGH, attributes))
+
+
+def release(entries: Iterable[Neighbour]) -> dict[Neighbour, int]:
+    """Takes our mark off: a resolved entry becomes an ordinary one again, an unresolved one goes. Errors likewise."""
+
+    def request(number: int, entry: Neighbour) -> bytes:
+        if entry.state & HAS_MAC:
+            return _neighbour_request(number, entry.key, RTM_NEWNEIGH, {NDA_PROTOCOL: bytes([RTPROT_KERNEL])})
+        return _neighbour_request(number, entry.key, RTM_DELNEIGH, {})
+
+    return _refused(entries, request)
+
+
+def _refused(items: Iterable[_T], request: Callable[[int, _T], bytes]) -> dict[_T, int]:
+    return {item: answer.error for item, answer in _asked(items, request) if answer.error}
+
+
+def _neighbour_request(number: int, key: NeighbourKey, kind: int, attributes: dict[int, bytes]) -> bytes:
+    creates = kind == RTM_NEWNEIGH
+    flags = NLM_F_REQUEST | NLM_F_ACK | (NLM_F_CREATE | NLM_F_REPLACE if creates else 0)
+    body = _NEIGHBOUR.pack(_family(key.address), 0, 0, key.ifindex, 0, NTF_USE if creates else 0, 0)
+    body += _attribute(NDA_DST, key.address.packed)
+    body += b"".join(_attribute(name, value) for name, value in attributes.items())
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0) + body
+
+
+@contextmanager
+def notifications(groups: int, further: Iterable[int], buffer_bytes: int) -> Iterator[AsyncIterator[Message]]:
+    """What the kernel tells these groups (RTMGRP_* as bits, `further` by number). The iterator raises EventsLostError,
+    and lets the rest of the loop have its turn now and then.
+    """
+    with _socket(socket.SOCK_NONBLOCK) as subscription:
+        subscription.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer_bytes)
+        subscription.bind((0, groups))
+        for group in further:
+            subscription.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        yield _received(subscription)
+
+
+async def _received(subscription: socket.socket) -> AsyncIterator[Message]:
+    loop = asyncio.get_running_loop()
+    while True:
+        for _ in range(BATCH):
+            try:
+                data = await loop.sock_recv(subscription, EVENT_BYTES)  # does not wait where something is there
+            except OSError as error:
+                raise EventsLostError(str(error)) from error
+            for message in messages(memoryview(data)):
+                yield message
+        await asyncio.sleep(0)
+
+
+def neighbour_event(message: Message) -> NeighbourEvent | None:
+    """Of RTM_NEWNEIGH and RTM_DELNEIGH; None as for `neighbours`."""
+    entry = _neighbour(message.body)
+    return None if entry is None else NeighbourEvent(entry, message.kind == RTM_DELNEIGH)
 
 
 @contextmanager
@@ -231,11 +310,16 @@ def _answers(requests: socket.socket) -> tuple[list[memoryview], bool]:
             found.append(message.body)
 
 
-class _Message(NamedTuple):
+class Message(NamedTuple):
     kind: int
     flags: int
     number: int
-    body: memoryview
+    whole: memoryview
+    """With its header."""
+
+    @property
+    def body(self) -> memoryview:
+        return self.whole[_HEADER.size :]
 
     @property
     def error(self) -> int:
@@ -243,11 +327,11 @@ class _Message(NamedTuple):
         return -int(struct.unpack_from("=i", self.body)[0])
 
 
-def messages(data: memoryview) -> Iterator[_Message]:
+def messages(data: memoryview) -> Iterator[Message]:
     offset = 0
     while offset + _HEADER.size <= len(data):
         length, kind, flags, number, _ = _HEADER.unpack_from(data, offset)
-        yield _Message(kind, flags, number, data[offset + _HEADER.size : offset + length])
+        yield Message(kind, flags, number, data[offset : offset + length])
         offset += (length + 3) & ~3
 
 

@@ -10,7 +10,7 @@ import asyncio
 import difflib
 import errno
 import logging
-import socket
+import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ from typing import Any, Self, TypeVar
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 from xdplb.errors import ForeignProgram, NotCapable, NotPrivileged, XdplbError
 from xdplb.model import Address, AttachMode, Network
 from xdplb.net import announce, bulk, rtnl, wire
 from xdplb.net.attach_errors import Refusal, attach_error
-from xdplb.net.next_hops import HAS_MAC, Event, EventsLostError, Interface, Neighbour, NeighbourKey, Route
+from xdplb.net.next_hops import Event, Interface, Neighbour, NeighbourKey, Route
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,10 @@ _T = TypeVar("_T")
 XDP_FLAGS_UPDATE_IF_NOEXIST, XDP_FLAGS_REPLACE = 0x01, 0x10
 XDP_FLAGS_MODE = {AttachMode.GENERIC: 0x02, AttachMode.NATIVE: 0x04}
 IFA_F_NODAD = 0x02
-NTF_USE = 0x01
-RTPROT_KERNEL = 2
 NLM_F_DUMP_INTR = 0x10
-SO_RCVBUFFORCE = 33
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NEXTHOP = 270, 1, 32
-EVENT_BUFFER_BYTES = 8 << 20
+RTNLGRP_NEXTHOP = 32
+EVENT_BUFFER_BYTES = 32 << 20
+"""Of neighbours that all answer at once there are tens of thousands, at a kilobyte each."""
 # RTMGRP_*: link, neighbour, and address, route, rule of both families
 EVENT_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
 
@@ -227,35 +226,27 @@ class Links:
     async def neighbours(self) -> list[Neighbour]:
         return await asyncio.to_thread(bulk.neighbours)
 
-    async def keep_resolved(self, key: NeighbourKey) -> None:
-        """Has the neighbour resolved now, and kept so by kernels from 5.16 on (NTF_EXT_MANAGED; older ones ignore it).
+    async def keep_resolved(self, keys: Collection[NeighbourKey]) -> None:
+        """Has the neighbours resolved now, and kept so by kernels from 5.16 on (NTF_EXT_MANAGED; older ones ignore it).
 
-        The entry gets our mark. Not for `fixed` ones: a permanent entry would become an ordinary one. Passes over an
-        interface that is gone; raises XdplbError.
+        The entries get our mark. Not for `fixed` ones: a permanent entry would become an ordinary one. Passes over an
+        interface that is gone; raises XdplbError, which names the first that was refused.
         """
-        try:
-            await self._neighbour(key, flags_ext=rtnl.NTF_EXT_MANAGED, protocol=rtnl.NEIGHBOUR_PROTOCOL)
-        except NetlinkError as error:
-            if error.code not in (errno.ENODEV, errno.ENETDOWN):
-                raise _failed(f"cannot resolve the neighbour {key.address}", error) from error
-        except OSError as error:  # pyroute2 reports the code ENOBUFS as this one
-            version = "ipv4" if key.address.version == 4 else "ipv6"
-            raise XdplbError(
-                f"cannot resolve the neighbour {key.address}: the neighbour table is full",
-                f"raise net.{version}.neigh.default.gc_thresh3 (and gc_thresh2) above the number of neighbours",
-            ) from error
+        for key, code in (await asyncio.to_thread(bulk.keep_resolved, keys)).items():
+            if code == errno.ENOBUFS:
+                version = "ipv4" if key.address.version == 4 else "ipv6"
+                raise XdplbError(
+                    f"cannot resolve the neighbour {key.address}: the neighbour table is full",
+                    f"raise net.{version}.neigh.default.gc_thresh3 (and gc_thresh2) above the number of neighbours",
+                )
+            if code not in (errno.ENODEV, errno.ENETDOWN):
+                raise _refused(f"cannot resolve the neighbour {key.address}", code)
 
-    async def release(self, entry: Neighbour) -> None:
+    async def release(self, entries: Collection[Neighbour]) -> None:
         """Takes our mark off: a resolved entry becomes an ordinary one again, an unresolved one goes."""
-        key = entry.key
-        try:
-            if entry.state & HAS_MAC:
-                await self._neighbour(key, protocol=RTPROT_KERNEL)
-            else:
-                await self._netlink.neigh("delete", dst=str(key.address), ifindex=key.ifindex)
-        except NetlinkError as error:
-            if error.code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
-                raise _failed(f"cannot release the neighbour {key.address}", error) from error
+        for entry, code in (await asyncio.to_thread(bulk.release, entries)).items():
+            if code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
+                raise _refused(f"cannot release the neighbour {entry.key.address}", code)
 
     async def takes_redirected(self, index: int) -> bool | None:
         """Whether frames that XDP redirects there are sent. None where this kernel does not tell."""
@@ -272,14 +263,8 @@ class Links:
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[Event]]:
         """What happens from now on to interfaces, neighbours and routes. The iterator raises EventsLostError."""
-        subscription: Any = AsyncIPRoute()
-        try:
-            subscription.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self._event_buffer_bytes)
-            await subscription.bind(EVENT_GROUPS)
-            subscription.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_NEXTHOP)
-            yield _read(subscription)
-        finally:
-            subscription.close()
+        with bulk.notifications(EVENT_GROUPS, [RTNLGRP_NEXTHOP], self._event_buffer_bytes) as messages:
+            yield _events(messages)
 
     async def _dump(self, what: str) -> list[Any]:
         """Reads a whole table, again where it changed underneath so that entries may be missing."""
@@ -294,11 +279,6 @@ class Links:
             return (await self._netlink.link("get", index=index))[0]
         except NetlinkError as error:
             raise NotCapable(f"the interface with index {index} is gone") from error
-
-    async def _neighbour(self, key: NeighbourKey, **attributes: int) -> None:
-        await self._netlink.neigh(
-            "replace", dst=str(key.address), ifindex=key.ifindex, state=0, flags=NTF_USE, **attributes
-        )
 
     async def _attach_or_fall_back(self, index: int, prog_fd: int, mode: AttachMode, flags: int) -> Attachment:
         if mode is not AttachMode.AUTO:
@@ -346,15 +326,18 @@ class Links:
         await self._netlink.link("set", index=index, xdp={"attrs": attributes})
 
 
-async def _read(subscription: Any) -> AsyncIterator[Event]:
-    while True:
-        try:
-            async for message in subscription.get():
-                event = rtnl.event(message)
-                if event is not None:
-                    yield event
-        except (OSError, NetlinkError) as error:
-            raise EventsLostError(str(error)) from error
+async def _events(messages: AsyncIterator[bulk.Message]) -> AsyncIterator[Event]:
+    """Neighbours come in tens of thousands, all else by ones."""
+    marshal = MarshalRtnl()
+    async for message in messages:
+        if message.kind in (bulk.RTM_NEWNEIGH, bulk.RTM_DELNEIGH):
+            event: Event | None = bulk.neighbour_event(message)
+            if event is not None:
+                yield event
+            continue
+        for decoded in marshal.parse(bytes(message.whole)):
+            if (event := rtnl.event(decoded)) is not None:
+                yield event
 
 
 def _attached(link: Any) -> Attached | None:
@@ -367,6 +350,10 @@ def _attached(link: Any) -> Attached | None:
 
 
 def _failed(what: str, error: Any) -> XdplbError:
-    if error.code in (errno.EPERM, errno.EACCES):
+    return _refused(what, error.code, str(error.args[1]))
+
+
+def _refused(what: str, code: int, why: str = "") -> XdplbError:
+    if code in (errno.EPERM, errno.EACCES):
         return NotPrivileged(what, "run as root, or with CAP_NET_ADMIN")
-    return XdplbError(f"{what}: {error.args[1]}")
+    return XdplbError(f"{what}: {why or os.strerror(code)}")

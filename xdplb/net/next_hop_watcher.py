@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from itertools import islice
 from math import ceil
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from xdplb.errors import XdplbError
 from xdplb.model import Address
@@ -37,12 +36,16 @@ from xdplb.net.next_hops import (
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 DEBOUNCE_S = 0.05
 TEND_INTERVAL_S = 1.0
 LOOK_AGAIN_EVERY_S = 10.0
 """All routes are looked up anew within this time, so that an event that never came does not count for long."""
 ASK_AGAIN_S = 1.0
 """How often a neighbour in doubt is asked at most. For so long the kernel sticks to a new answer (locktime)."""
+LOOK_AGAIN_PER_S = 250
+"""But not more of them: tens of thousands take their time, rather than a share of a core for good."""
 SLICE = 250
 """Addresses looked up before something else has its turn: some milliseconds."""
 RESUBSCRIBE_PAUSE_S = 0.1
@@ -55,8 +58,8 @@ class Kernel(Protocol):
     async def interfaces(self) -> list[Interface]: ...
     async def neighbours(self) -> list[Neighbour]: ...
     async def routes(self, addresses: Collection[Address]) -> Mapping[Address, Route | None]: ...
-    async def keep_resolved(self, key: NeighbourKey) -> None: ...
-    async def release(self, entry: Neighbour) -> None: ...
+    async def keep_resolved(self, keys: Collection[NeighbourKey]) -> None: ...
+    async def release(self, entries: Collection[Neighbour]) -> None: ...
     async def ask(self, interface: Interface, source: Address, neighbours: Iterable[Address]) -> None: ...
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
 
@@ -93,6 +96,8 @@ class NextHopWatcher:
         self._records: dict[Address, Resolution] = {}
         self._unused: set[NeighbourKey] = set()
         self._told: set[NeighbourKey] = set()
+        self._to_tend: set[NeighbourKey] = set()
+        """Neighbours that may need care: whatever they hear of, events and routes put here."""
         self._unresolved: set[Address] = set()
         self._doubted: set[Address] = set()
         self._doubt = asyncio.Event()
@@ -133,7 +138,7 @@ class NextHopWatcher:
                     log.warning("kernel events were lost (%s): reading everything again", lost.exceptions[0])
                 await asyncio.sleep(RESUBSCRIBE_PAUSE_S)
         finally:
-            await self._release(self._unused | self._users.keys())
+            await self._release(tuple(self._unused | self._users.keys()))
 
     async def _follow(self) -> None:
         """From one subscription to its loss. Subscribes before it reads, so that nothing falls in between."""
@@ -154,8 +159,12 @@ class NextHopWatcher:
         self._neighbours = neighbours
         for interface in interfaces.values():
             self._apply(LinkEvent(interface))
-        for address in tuple(self._records):
-            self._refresh(address)
+        self._to_tend.update(self._users)
+        for part in _slices(tuple(self._records)):
+            for address in part:
+                if address in self._routes:
+                    self._refresh(address)
+            await asyncio.sleep(0)
         self._look_up(self._addresses)
 
     def _apply(self, event: Event) -> None:
@@ -168,8 +177,11 @@ class NextHopWatcher:
                     self._neighbours.pop(neighbour.key, None)
                 else:
                     self._neighbours[neighbour.key] = neighbour
-                for address in tuple(self._users.get(neighbour.key, ())):
-                    self._refresh(address)
+                users = self._users.get(neighbour.key)
+                if users is not None:
+                    self._to_tend.add(neighbour.key)
+                    for address in tuple(users):
+                        self._refresh(address)
             case RouteEvent(network):
                 self._look_up(within(self._sorted[network.version], network))
             case NextHopEvent():
@@ -187,6 +199,7 @@ class NextHopWatcher:
         else:
             self._interfaces[index] = event.interface
         self._on_link(event)
+        self._to_tend.update(key for key in self._users if key.ifindex == index)
         affected = [address for address, route in self._routes.items() if route is not None and route.ifindex == index]
         for address in affected:
             self._refresh(address)
@@ -218,23 +231,25 @@ class NextHopWatcher:
             await asyncio.sleep(DEBOUNCE_S)
             self._work.clear()
             batch, self._unresolved = self._unresolved, set()
-            waiting = iter(batch)
-            while part := tuple(islice(waiting, SLICE)):
+            for part in _slices(tuple(batch)):
                 try:
                     routes = await self._kernel.routes(part)
                 except (XdplbError, OSError) as error:
                     log.warning("%s; trying again", error)
                     await asyncio.sleep(TEND_INTERVAL_S)
-                    self._look_up(self._addresses.intersection((*part, *waiting)))
+                    self._look_up(self._addresses.intersection(batch))
                     break
+                batch.difference_update(part)
                 for address, route in routes.items():
                     if address in self._addresses:
                         self._set_route(address, route)
                         self._refresh(address)
-                        await self._keep_all([route.neighbour_of(address)] if route else [])
+                await self._keep_all([route.neighbour_of(address) for address, route in routes.items() if route])
 
     def _set_route(self, address: Address, route: Route | None) -> None:
         before = self._routes.get(address)
+        if before == route and address in self._routes:
+            return
         if before is not None:
             key = before.neighbour_of(address)
             self._users[key].discard(address)
@@ -245,23 +260,26 @@ class NextHopWatcher:
             key = route.neighbour_of(address)
             self._users.setdefault(key, set()).add(address)
             self._unused.discard(key)
+            self._to_tend.add(key)
         self._routes[address] = route
 
     async def _tend(self) -> None:
         """Revives entries that were deleted or, by kernels before 5.16, let go; gives back those not used any more.
         Looks up routes again, a part of them at a time, and at the whole table, whose marks change without an event.
         """
-        doubtful: list[Address] = []
+        to_look_up: list[Address] = []
         latest = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
-            await self._keep_all(tuple(self._users))
+            self._to_tend = {key for key in self._to_tend if key in self._users and self._needs_care(key)}
+            await self._keep_all(tuple(self._to_tend))
             await self._release(tuple(self._unused))
-            doubtful = doubtful or list(self._addresses)
-            part = ceil(len(self._addresses) * TEND_INTERVAL_S / self._look_again_s)
-            self._look_up(self._addresses.intersection(doubtful[:part]))
-            doubtful = doubtful[part:]
-            if asyncio.get_running_loop().time() - latest >= self._look_again_s:
+            to_look_up = to_look_up or list(self._addresses)
+            every_s = max(self._look_again_s, len(self._addresses) / LOOK_AGAIN_PER_S)
+            part = ceil(len(self._addresses) * TEND_INTERVAL_S / every_s)
+            self._look_up(self._addresses.intersection(to_look_up[:part]))
+            to_look_up = to_look_up[part:]
+            if asyncio.get_running_loop().time() - latest >= every_s:
                 latest = asyncio.get_running_loop().time()
                 await self._read_neighbours()
 
@@ -300,25 +318,32 @@ class NextHopWatcher:
         except (XdplbError, OSError) as error:
             log.warning("the neighbours could not be read again: %s", error)
             return
-        for key in tuple(self._users.keys() - self._told):
-            before, now = self._neighbours.get(key), table.get(key)
-            if now is None:
-                self._neighbours.pop(key, None)
-            else:
-                self._neighbours[key] = now
-            if before != now:
-                for address in tuple(self._users[key]):
-                    self._refresh(address)
+        for part in _slices(tuple(self._users)):
+            for key in part:
+                self._take_over(key, table.get(key))
+            await asyncio.sleep(0)
+
+    def _take_over(self, key: NeighbourKey, now: Neighbour | None) -> None:
+        """What the table says of a neighbour, unless an event has said something since."""
+        before = self._neighbours.get(key)
+        if key in self._told or key not in self._users or before == now:
+            return
+        if now is None:
+            del self._neighbours[key]
+        else:
+            self._neighbours[key] = now
+        self._to_tend.add(key)
+        for address in tuple(self._users[key]):
+            self._refresh(address)
 
     async def _keep_all(self, keys: Iterable[NeighbourKey]) -> None:
-        for key in keys:
-            if not self._needs_care(key):
-                continue
-            # noted first: the kernel tells of a new entry only once it has been resolved, and not of a mark alone
-            known = self._neighbours.get(key, Neighbour(key, Nud.INCOMPLETE, None))
-            self._neighbours[key] = replace(known, ours=True)
+        for part in _slices(tuple(key for key in keys if self._needs_care(key))):
+            for key in part:
+                # noted first: the kernel tells of a new entry only once it has been resolved, and not of a mark alone
+                known = self._neighbours.get(key, Neighbour(key, Nud.INCOMPLETE, None))
+                self._neighbours[key] = replace(known, ours=True)
             try:
-                await self._kernel.keep_resolved(key)
+                await self._kernel.keep_resolved(part)
             except XdplbError as error:
                 if self._complaint != error.hint:
                     log.warning("%s; %s", error.message, error.hint)
@@ -336,13 +361,16 @@ class NextHopWatcher:
             return False
         return not entry.ours or not entry.state & CONFIRMED
 
-    async def _release(self, keys: Iterable[NeighbourKey]) -> None:
-        for key in keys:
-            self._unused.discard(key)
-            entry = self._neighbours.get(key)
-            if entry is None or not entry.ours:
-                continue
-            try:
-                await self._kernel.release(entry)
-            except XdplbError as error:
-                log.warning("%s", error.message)
+    async def _release(self, keys: Collection[NeighbourKey]) -> None:
+        self._unused.difference_update(keys)
+        known = (self._neighbours.get(key) for key in keys)
+        entries = [entry for entry in known if entry is not None and entry.ours]
+        try:
+            if entries:
+                await self._kernel.release(entries)
+        except XdplbError as error:
+            log.warning("%s", error.message)
+
+
+def _slices(items: tuple[_T, ...]) -> Iterator[tuple[_T, ...]]:
+    return (items[at : at + SLICE] for at in range(0, len(items), SLICE))

@@ -191,10 +191,10 @@ class Kernel:
     async def routes(self, addresses: Collection[Address]) -> dict[Address, Route | None]:
         return {address: Route(FRONT.index, None, IPv4Address("10.0.0.254"), None) for address in addresses}
 
-    async def keep_resolved(self, key: NeighbourKey) -> None:
+    async def keep_resolved(self, keys: Collection[NeighbourKey]) -> None:
         pass
 
-    async def release(self, entry: Neighbour) -> None:
+    async def release(self, entries: Collection[Neighbour]) -> None:
         pass
 
     async def ask(self, interface: Interface, source: Address, neighbours: Iterable[Address]) -> None:
