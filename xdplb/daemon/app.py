@@ -125,7 +125,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         (options.mode, options.replace),
         alarms,
     )
-    failover = Failover(monitor.statuses, lambda: reloader.engine, reloader.save)
+    failover = Failover(monitor.statuses, lambda: reloader.free_engine, reloader.save_soon)
     return Daemon(options, owner, left, overrides, monitor, reloader, failover, alarms)
 
 
@@ -225,6 +225,7 @@ class Daemon:
             finally:
                 for task in tending:
                     task.cancel()
+                await self._reloader.close()
 
     async def _unless_stopped(self, work: asyncio.Task[None]) -> bool:
         """Waits for `work`, and cancels it when this daemon is told to stop. True where it was done."""
@@ -244,7 +245,7 @@ class Daemon:
             await asyncio.sleep(SETTLE_EVERY_S)
             async with self._reloader.lock:
                 if self._reloader.serving:
-                    self._reloader.keep_up()
+                    await self._reloader.keep_up()
                     flow_upkeep.settle(self.engine)
                     self._tell_of_lost_overrides()
                     await asyncio.to_thread(flow_upkeep.sweep, self.engine)
@@ -298,7 +299,7 @@ class Daemon:
         """An operator's change, remembered and done when it returns. `weight` is None where the file's holds."""
         self._overrides.set(key, backend, admin, weight)
         self._monitor.override(key, admin, weight)
-        self._failover.repair()
+        self._failover.repair(key.service)
 
     async def read_file(self) -> Config:
         """Reads the file again. Raises ConfigError with all its mistakes, XdplbError where there is no file."""

@@ -142,12 +142,16 @@ class BackendMonitor:
                     known = self.health[key]
                     self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
 
-    def note(self, notes: Manifest) -> None:
-        """What the next daemon is to know."""
-        notes.health = {
-            str(key): [known.state, known.reason, known.since, self._targets[key].place]
-            for key, known in self.health.items()
-        }
+    def as_it_is(self) -> Callable[[Manifest], None]:
+        """What the next daemon is to know, to be noted later and by any thread."""
+        health, targets = dict(self.health), self._targets
+
+        def note(notes: Manifest) -> None:
+            notes.health = {
+                str(key): [known.state, known.reason, known.since, targets[key].place] for key, known in health.items()
+            }
+
+        return note
 
     def override(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
         """By an operator; `weight` is None where the file's holds."""

@@ -1,7 +1,7 @@
 """Keeps the maps as they should be: configuration and statuses in, operations on one generation of maps out.
 
-Everything is synchronous and runs on the event loop's thread; a verdict's flag is in the map before the call that
-brings it returns.
+Everything is synchronous and runs on one thread at a time, mostly the event loop's; a verdict's flag is in the map
+before the call that brings it returns.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Retired:
         known = self.by_service.setdefault(service, [0] * len(counters))
         for index, value in enumerate(counters):
             known[index] += int(value)
+
+    def copy(self) -> Retired:
+        return Retired({service: list(counters) for service, counters in self.by_service.items()})
 
 
 class Writer(Protocol):
@@ -88,12 +91,26 @@ class Engine:
         self._shared = shared_backends(config)
         self._planner = Planner(self.applied, _tunnels(config))
 
+    def as_it_is(self) -> Engine:
+        """For another thread to read, while this one goes on."""
+        other = copy(self)
+        other.applied, other.retired = self.applied.copy(), self.retired.copy()
+        return other
+
     def desired(self, service: Service) -> DesiredService:
         return desire(service, self.statuses.by_service[service.name], self._shared)
 
     def apply_all(self) -> None:
         """Makes the maps what they should be, wholly. CapacityExceeded leaves a valid, partly applied state."""
         self._carry_out(self._planner.whole([self.desired(service) for service in self.config.services]))
+
+    def fill(self, statuses: Statuses) -> None:
+        """`apply_all` by statuses that stand still: for another thread, while `self.statuses` change."""
+        present, self.statuses = self.statuses, statuses
+        try:
+            self.apply_all()
+        finally:
+            self.statuses = present
 
     def rehearse(self, config: Config) -> None:
         """Raises CapacityExceeded where `apply_all` of that configuration would; writes nothing."""

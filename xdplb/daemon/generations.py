@@ -130,12 +130,12 @@ class Generations:
                 roomy = await self._in_place_of(roomy, engine, config)
             for _ in range(_GROWTHS):
                 try:
-                    roomy.rehearse(config)
+                    await asyncio.to_thread(roomy.rehearse, config)
                     return roomy
                 except CapacityExceeded as error:
                     log.info("the maps have no room for %s: making them larger", error)
                     roomy = await self._in_place_of(roomy, engine, config)
-            roomy.rehearse(config)
+            await asyncio.to_thread(roomy.rehearse, config)
             return roomy
         except BaseException:
             if roomy is not engine:

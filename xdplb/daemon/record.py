@@ -15,7 +15,7 @@ from xdplb.model import BackendKey
 
 
 def note(notes: Manifest, engine: Engine) -> None:
-    """Brings the manifest up to what the engine applied."""
+    """Brings the manifest up to what the engine applied. In another thread, it takes `Engine.as_it_is`."""
     plane, present = engine.plane, engine.applied
     if plane.program_id not in notes.programs[:1]:
         before = notes.programs[:1] if notes.pins == str(plane.pins) else []  # attached until the new one is

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -24,6 +25,9 @@ from xdplb.errors import NotCapable, XdplbError
 from xdplb.model import AttachMode, Config
 
 log = logging.getLogger(__name__)
+
+SAVING_SHARE = 19.0
+"""For how many times as long as the latest saving took none begins."""
 
 
 class Host(Protocol):
@@ -83,6 +87,14 @@ class Reloader:
         self._behind = False
         """Whether the maps are not yet what the configuration in force wants."""
         self._unsaved = False
+        self._filling = False
+        self._saving = asyncio.Lock()
+        self._late: asyncio.Task[None] | None = None
+
+    @property
+    def free_engine(self) -> Engine | None:
+        """The engine, unless another thread fills its maps: what changes meanwhile is applied after that."""
+        return None if self._filling else self.engine
 
     async def start(self, left: Manifest | None) -> None:
         """Brings the configuration into force. `left` is what an earlier daemon noted.
@@ -94,10 +106,10 @@ class Reloader:
             engine, _ = await asyncio.gather(
                 self._generations.first(self.config, self._monitor.statuses, left), self._monitor.first_verdicts()
             )
-            self.engine = engine = await self._generations.roomy(engine, self.config)
-            engine.apply_all()
+            engine = await self._generations.roomy(engine, self.config)
+            await self._fill(engine)
             self._generations.carry_counters(engine)
-            self._save_or_fail()
+            await self._save_or_fail()
             await self._host.prepare(self.config)
             await self._attach(engine, self.config)
             self.attached = True
@@ -106,7 +118,7 @@ class Reloader:
             await self._host.leave_other_interfaces()
             self._generations.forget_others(engine)
             self._forget_overrides()
-            self.save()
+            await self._save()
             self.serving = True
 
     async def reload(self, config: Config) -> None:
@@ -129,9 +141,9 @@ class Reloader:
                 if isinstance(error, OSError):
                     raise XdplbError(f"nothing was changed: {error.strerror or error}") from error
                 raise
-            self._commit(config, made)
+            await self._commit(config, made)
             await self._host.release(config)
-            self.save()
+            await self._save()
             log.info("configuration reloaded: %d services", len(config.services))
 
     async def _prepare(self, config: Config, made: list[Engine]) -> None:
@@ -143,7 +155,7 @@ class Reloader:
                 made.append(engine)
         await self._host.prepare(config)
         await self._host.add_addresses(config)
-        self._save_or_fail()
+        await self._save_or_fail()
         if made[-1] is not self.engine:
             await self._attach(made[-1], config)
 
@@ -153,9 +165,9 @@ class Reloader:
         for engine in reversed(made[1:]):
             engine.plane.discard(present.plane)
         await self._host.release(self.config)
-        self.save()
+        await self._save()
 
-    def _commit(self, config: Config, made: list[Engine]) -> None:
+    async def _commit(self, config: Config, made: list[Engine]) -> None:
         """Nothing here fails for a reason outside of this process; what does all the same is done again (`keep_up`)."""
         old, new = made[0], made[-1]
         if new is not old:
@@ -167,13 +179,26 @@ class Reloader:
         self._monitor.follow(config)
         self.config = config
         new.adopt_config(config)
-        self._apply()
+        await self._apply()
         self._forget_overrides()
 
-    def _apply(self) -> None:
+    async def _fill(self, engine: Engine) -> None:
+        """Makes the maps what they should be, in another thread, and `engine` the one in force."""
+        self.engine, self._filling = engine, True
+        frozen = engine.statuses.copy()
+        try:
+            await _to_its_end(engine.fill, frozen)
+        finally:
+            self._filling = False
+        for service, statuses in frozen.by_service.items():
+            if engine.statuses.by_service.get(service) != statuses:
+                engine.apply_service(service)
+                await asyncio.sleep(0)
+
+    async def _apply(self) -> None:
         assert self.engine is not None
         try:
-            self.engine.apply_all()
+            await self._fill(self.engine)
             self._behind = False
         except Exception:
             log.exception("the maps are not what the configuration wants")
@@ -192,13 +217,13 @@ class Reloader:
         mode, replace = self._attach_as
         await self._host.attach(engine.plane.program_fd, mode, replace)
 
-    def keep_up(self) -> None:
+    async def keep_up(self) -> None:
         """Does again what could not be done, or is undone by somebody: to be called now and then."""
         self._keep_pinned()
         if self._behind:
-            self._apply()
+            await self._apply()
         if self._unsaved:
-            self.save()
+            await self._save()
 
     def _keep_pinned(self) -> None:
         """A daemon that is killed later leaves nothing behind where there are no pins."""
@@ -212,10 +237,32 @@ class Reloader:
             if again:
                 log.warning("pins were gone, and are there again: %s", ", ".join(again))
 
-    def save(self) -> None:
+    def save_soon(self) -> None:
+        """Notes what is in force. Changes that come meanwhile are noted together, and not all the time."""
+        self._unsaved = True
+        if self._late is None or self._late.done():
+            self._late = asyncio.get_running_loop().create_task(self._save_late())
+
+    async def _save_late(self) -> None:
+        while self._unsaved:
+            began = time.monotonic()
+            await self._save()
+            if "state-not-saved" in {alarm.name for alarm in self._alarms}:
+                return
+            await asyncio.sleep(SAVING_SHARE * (time.monotonic() - began))
+
+    async def close(self) -> None:
+        """No saving is under way any more, and none is open."""
+        if self._late is not None:
+            self._late.cancel()
+            await asyncio.wait([self._late])
+        if self._unsaved and self.serving:
+            await self._save()
+
+    async def _save(self) -> None:
         """Notes what is in force in the manifest. Where it cannot be written, that is an alarm, and tried again."""
         try:
-            self._save_or_fail()
+            await self._save_or_fail()
         except Exception as error:
             if not isinstance(error, XdplbError):
                 log.exception("a bug in what is noted for the next daemon")
@@ -223,10 +270,28 @@ class Reloader:
             text = f"{said(error)}; after a crash the next daemon would know less"
             self._alarms.raise_("state-not-saved", text, getattr(error, "hint", "") or "see the log")
 
-    def _save_or_fail(self) -> None:
-        if self.engine is not None:
-            record.note(self.notes, self.engine)
-            self._monitor.note(self.notes)
-            self._write_notes()
+    async def _save_or_fail(self) -> None:
+        """In another thread, by what is known when it begins."""
+        async with self._saving:
+            if self.engine is None:
+                return
             self._unsaved = False
+            engine, health = self.engine.as_it_is(), self._monitor.as_it_is()
+
+            def write() -> None:
+                record.note(self.notes, engine)
+                health(self.notes)
+                self._write_notes()
+
+            await _to_its_end(write)
             self._alarms.clear("state-not-saved")
+
+
+async def _to_its_end(work: Callable[..., None], *args: object) -> None:
+    """In another thread. Cancelled, it waits until that is done: what that does late would be in nobody's hands."""
+    doing = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        raise

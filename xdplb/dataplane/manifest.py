@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xdplb.errors import XdplbError
 from xdplb.paths import replace_file
 
 VERSION = 1
+ITEMS_AT_ONCE = 100
 
 
 @dataclass(slots=True)
@@ -58,7 +60,18 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """XdplbError where it cannot be written; what the file held is still there then."""
-        replace_file(path, json.dumps(asdict(self)))
+        replace_file(path, self._text())
+
+    def _text(self) -> str:
+        """JSON, encoded piece by piece: the encoder lets no other thread run before it is done."""
+        pieces = []
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if name == "services":
+                value = {service: asdict(record) for service, record in value.items()}
+            text = _in_pieces(value) if isinstance(value, dict) else json.dumps(value)
+            pieces.append(f"{json.dumps(name)}: {text}")
+        return f"{{{', '.join(pieces)}}}"
 
     @property
     def times(self) -> FlowTimes | None:
@@ -75,6 +88,14 @@ class Manifest:
             return Geometry(**self.geometry)
         except TypeError:
             return None
+
+
+def _in_pieces(values: dict[str, Any]) -> str:
+    items = iter(values.items())
+    pieces = []
+    while some := dict(islice(items, ITEMS_AT_ONCE)):
+        pieces.append(json.dumps(some)[1:-1])
+    return f"{{{', '.join(pieces)}}}"
 
 
 def load(path: Path) -> Manifest | None:

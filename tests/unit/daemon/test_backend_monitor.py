@@ -131,7 +131,7 @@ async def test_what_is_noted_is_what_the_next_daemon_takes_for_known(house: Hous
     house.monitor.follow(config(service("a")))
     await house.monitor.first_verdicts()
     notes = Manifest(["eth0"], "/pins", {}, {})
-    house.monitor.note(notes)
+    house.monitor.as_it_is()(notes)
     assert notes.health["web/a"][:2] == ["up", "L4OK"] and notes.health["web/a"][3] == "10.0.0.1 80"
 
 

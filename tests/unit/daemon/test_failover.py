@@ -128,7 +128,7 @@ def test_repair_does_it_now() -> None:
 
     async def turn() -> None:
         house.change(A, health=HealthState.DOWN)
-        house.failover.repair()
+        house.failover.repair("web")
         assert house.slots == {2} and house.saved == 1
         await asyncio.sleep(0)
         assert house.saved == 1
@@ -140,7 +140,7 @@ def test_before_the_start_there_is_nothing_to_do() -> None:
     house = House()
     house.engine = None
     in_loop(house, (A, {"health": HealthState.DOWN}))
-    house.failover.repair()
+    house.failover.repair("web")
     assert (house.writing.done, house.saved) == ([], 0)
 
 
@@ -150,7 +150,7 @@ def test_a_service_that_went_meanwhile_is_passed_over() -> None:
     async def turn() -> None:
         house.change(A, health=HealthState.DOWN)
         house.statuses.by_service.clear()
-        house.failover.repair()
+        house.failover.repair("web")
 
     asyncio.run(turn())
     assert house.saved == 1

@@ -299,11 +299,12 @@ def test_a_reload_that_fails_anywhere_has_changed_nothing_and_the_next_one_succe
 async def test_notes_that_cannot_be_written_are_an_alarm_and_written_later(house: House) -> None:
     await house.reloader.start(None)
     house.refuse["save"] = XdplbError("/run/xdplb/eth0/manifest.json cannot be written: No space left on device", "df")
-    house.reloader.save()
+    house.reloader.save_soon()
+    await house.reloader.close()
     assert [alarm.name for alarm in house.alarms] == ["state-not-saved"]
     house.refuse.clear()
     house.log.clear()
-    house.reloader.keep_up()
+    await house.reloader.keep_up()
     assert house.log == ["save"] and not house.alarms
 
 
@@ -317,7 +318,7 @@ async def test_maps_that_could_not_be_written_are_an_alarm_and_written_later(hou
     await house.reloader.reload(TWO)
     assert [alarm.name for alarm in house.alarms] == ["maps-behind"] and house.reloader.config is TWO
     writing.apply = working
-    house.reloader.keep_up()
+    await house.reloader.keep_up()
     assert house.configured == {"a", "b", "c"} and not house.alarms
 
 
