@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 SETTLE_EVERY_S = 5.0
 BEAT_EVERY_S = 1.0
+SWITCH_S = 0.001
+"""How long the event loop waits for a thread that computes, each time that it wants to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ Serve = Callable[["Daemon"], AbstractAsyncContextManager[object]]
 def run(options: DaemonOptions, serve: Serve) -> None:
     """Runs until told to end. Raises XdplbError where it cannot start, or cannot go on."""
     log_to_stderr(options.instance.log)
+    sys.setswitchinterval(SWITCH_S)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with steering_alone(options.instance):

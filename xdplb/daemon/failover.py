@@ -13,7 +13,6 @@ from xdplb.core.status import Statuses, keeps_flows
 from xdplb.daemon.engine import Engine
 from xdplb.model import BackendKey
 
-
 TURN_S = 0.01
 """How long slots are given away before the loop does something else."""
 

@@ -7,6 +7,7 @@ network namespace of the thread that calls them. Numbers: include/uapi/linux/{ne
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import socket
@@ -45,7 +46,7 @@ NO_ROUTE = {
     *(errno.ENODEV, errno.ENETDOWN),
 }
 BUFFER_BYTES = 1 << 18
-EVENT_BYTES = 1 << 16
+EVENT_BYTES = 1 << 15
 SO_RCVBUFFORCE = 33
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 BATCH = 64
@@ -54,6 +55,7 @@ ATTEMPTS = 10
 # RTMGRP_LINK, addresses of both families, and RTNLGRP_{IPV4,IPV6}_NETCONF: forwarding, rp_filter
 HOST_GROUPS = 0x1 | 0x10 | 0x100 | 1 << 23 | 1 << 24
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BBHiII")
 _ADDRESS = struct.Struct("=BBBBI")
@@ -220,9 +222,7 @@ def _neighbour_request(number: int, key: NeighbourKey, kind: int, attributes: di
 
 @contextmanager
 def notifications(groups: int, further: Iterable[int], buffer_bytes: int) -> Iterator[AsyncIterator[Message]]:
-    """What the kernel tells these groups (RTMGRP_* as bits, `further` by number). The iterator raises EventsLostError,
-    and lets the rest of the loop have its turn now and then.
-    """
+    """What these groups are told (RTMGRP_* as bits, `further` by number). The iterator raises EventsLostError."""
     with _socket(socket.SOCK_NONBLOCK) as subscription:
         subscription.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer_bytes)
         subscription.bind((0, groups))
@@ -232,16 +232,68 @@ def notifications(groups: int, further: Iterable[int], buffer_bytes: int) -> Ite
 
 
 async def _received(subscription: socket.socket) -> AsyncIterator[Message]:
-    loop = asyncio.get_running_loop()
-    while True:
-        for _ in range(BATCH):
-            try:
-                data = await loop.sock_recv(subscription, EVENT_BYTES)  # does not wait where something is there
-            except OSError as error:
-                raise EventsLostError(str(error)) from error
-            for message in messages(memoryview(data)):
-                yield message
-        await asyncio.sleep(0)
+    loop, readable, several = asyncio.get_running_loop(), asyncio.Event(), _Several(subscription.fileno())
+    loop.add_reader(subscription, readable.set)
+    try:
+        while True:
+            await readable.wait()
+            readable.clear()
+            for data in several.receive():
+                for message in messages(data):
+                    yield message
+    finally:
+        loop.remove_reader(subscription)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Mmsghdr(ctypes.Structure):
+    """struct mmsghdr, recvmmsg(2)."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint32),
+        ("iovec", ctypes.POINTER(_Iovec)),
+        ("iovecs", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("length", ctypes.c_uint32),
+    )
+
+
+class _Several:
+    """Receives many datagrams at once. Each system call lets another thread compute, for milliseconds where that
+    does not wait; one for each of thousands of notifications would be too many.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._buffer = ctypes.create_string_buffer(BATCH * EVENT_BYTES)
+        base = ctypes.addressof(self._buffer)
+        self._iovecs = (_Iovec * BATCH)(*(_Iovec(base + n * EVENT_BYTES, EVENT_BYTES) for n in range(BATCH)))
+        self._headers = (_Mmsghdr * BATCH)()
+        for header, iovec in zip(self._headers, self._iovecs, strict=True):
+            header.iovec, header.iovecs = ctypes.pointer(iovec), 1
+
+    def receive(self) -> list[memoryview]:
+        """Valid until the next call. EventsLostError where some are missing."""
+        count = _libc.recvmmsg(self._descriptor, self._headers, BATCH, socket.MSG_DONTWAIT, None)
+        if count < 0:
+            code = ctypes.get_errno()
+            if code in (errno.EAGAIN, errno.EINTR):
+                return []
+            raise EventsLostError(os.strerror(code))
+        found = []
+        whole = memoryview(self._buffer).cast("B")
+        for number, header in enumerate(self._headers[:count]):
+            if header.flags & socket.MSG_TRUNC:
+                raise EventsLostError("a message is too long")
+            found.append(whole[number * EVENT_BYTES :][: header.length])
+        return found
 
 
 def neighbour_event(message: Message) -> NeighbourEvent | None:
