@@ -326,11 +326,11 @@ async def test_maps_that_could_not_be_written_are_an_alarm_and_written_later(hou
 async def test_pins_that_cannot_be_made_again_are_an_alarm_until_they_can(house: House) -> None:
     await house.reloader.start(None)
     house.planes[0].unpinnable = NotCapable("/sys/fs/bpf is not a BPF file system", "mount -t bpf bpf /sys/fs/bpf")
-    house.reloader.keep_up()
+    await house.reloader.keep_up()
     (alarm,) = house.alarms
     assert (alarm.name, alarm.fix) == ("pins-missing", "mount -t bpf bpf /sys/fs/bpf")
     house.planes[0].unpinnable = None
-    house.reloader.keep_up()
+    await house.reloader.keep_up()
     assert not house.alarms
 
 
