@@ -44,6 +44,7 @@ def _config(raw: object, report: Report, hint: str) -> model.Config:
         rules.weights(draft, report)
         rules.checks(draft, report)
         rules.memory(draft, report)
+        rules.affinity(draft, file.flow_cache, report)
         rules.sources(draft, file.source_pool, report)
     rules.source_pool(file.source_pool, drafts, report)
     report.raise_if_any(hint)

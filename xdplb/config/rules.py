@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, IPv6Network
 from xdplb.abi import MAX_BACKENDS, MAX_SOURCES
 from xdplb.config import yamllines
 from xdplb.config.drafts import Draft, Report
-from xdplb.config.parts import BackendPart
-from xdplb.model import Address, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
+from xdplb.config.parts import BackendPart, FlowCachePart
+from xdplb.model import Address, Affinity, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
 
 
 def service_names(drafts: Sequence[Draft], report: Report) -> None:
@@ -191,6 +191,21 @@ def memory(draft: Draft, report: Report) -> None:
         report((*draft.path, "flows"), f"scheduler {scheduler} would tear connections that nobody remembers apart")
     elif not scheduler.hashes and settings.affinity is not None:
         report((*draft.path, "flows"), f"affinity: client takes remembering clients where the scheduler is {scheduler}")
+
+
+def affinity(draft: Draft, cache: FlowCachePart, report: Report) -> None:
+    """A client is remembered for as long as a flow of its own would be: a shorter time has no effect."""
+    wanted, default = draft.settings.affinity, Affinity().timeout_s
+    if wanted is None or "affinity" in draft.doubt or wanted.timeout_s == default:
+        return
+    idle = "established" if draft.own.listen.protocol is Protocol.TCP else "datagram"
+    least = cache.established if idle == "established" else cache.datagram
+    if wanted.timeout_s < least:
+        report(
+            (*draft.path, "affinity"),
+            f"a timeout of {wanted.timeout_s:g}s has no effect: clients stay for flow_cache.{idle}, {least:g}s; "
+            "make it as long, or that shorter",
+        )
 
 
 def sources(draft: Draft, pool: Sequence[Sequence[Address]], report: Report) -> None:

@@ -412,6 +412,17 @@ def test_every_mistake_is_told_in_one_run_in_the_order_of_the_lines() -> None:
             "FILE:5: services[0].check: unknown key 'typ', did you mean 'type'?",
         ),
         (
+            service("affinity: {client: {timeout: 3s}}"),
+            "FILE:5: services[0].affinity: a timeout of 3s has no effect: "
+            "clients stay for flow_cache.established, 900s; make it as long, or that shorter",
+        ),
+        (
+            "flow_cache: {datagram: 1m}\n"
+            + service("affinity: {client: {timeout: 59s}}", listen="203.0.113.10:53/udp"),
+            "FILE:6: services[0].affinity: a timeout of 59s has no effect: clients stay for flow_cache.datagram, 60s; "
+            "make it as long, or that shorter",
+        ),
+        (
             service("check: {prot: 80}", listen="203.0.113.10:0"),
             "FILE:5: services[0].check: unknown key 'prot', did you mean 'port'?",
         ),
@@ -465,3 +476,11 @@ def test_a_listen_address_of_many_backends_is_told_once_at_the_service_and_at_ea
     with pytest.raises(ConfigError) as caught:
         configuration.parse(text, "FILE")
     assert [mistake.split(":")[1] for mistake in caught.value.mistakes] == ["2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("cache", "timeout"),
+    [("", "15m"), ("flow_cache: {established: 3s}", "3s"), ("flow_cache: {established: 34m}", "5m")],
+)
+def test_an_affinity_that_lasts_as_long_as_flows_do_or_the_default_is_none(cache: str, timeout: str) -> None:
+    assert only(f"{cache}\n{service(f'affinity: {{client: {{timeout: {timeout}}}}}')}").affinity

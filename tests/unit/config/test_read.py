@@ -249,8 +249,8 @@ def test_mistakes_in_the_source_pool(pool: str, mistake: str) -> None:
 
 def test_affinity_and_control_loss_take_settings() -> None:
     assert only(service("affinity: client")).affinity == Affinity(32, 128, 300.0)
-    affinity = only(service("affinity: {client: {prefix4: 24, prefix6: 56, timeout: 10m}}")).affinity
-    assert affinity == Affinity(24, 56, 600.0)
+    affinity = only(service("affinity: {client: {prefix4: 24, prefix6: 56, timeout: 20m}}")).affinity
+    assert affinity == Affinity(24, 56, 1200.0)
     for text, seconds in (("keep", None), ("pass", 30.0), ("{pass: {after: 5s}}", 5.0)):
         assert configuration.parse(f"on_control_loss: {text}\n{service()}", "FILE").control_loss_s == seconds
 
