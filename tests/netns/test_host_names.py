@@ -147,6 +147,18 @@ def test_one_that_moves_away_is_an_alarm_and_works_when_it_is_back(short_lived: 
         assert balancer.attached()["eth0"] == program
 
 
+def test_one_that_moved_away_is_told_by_down(short_lived: Laboratory) -> None:
+    """From here nothing reaches it."""
+    lab, client = short_lived, short_lived.client
+    balancer = Balancer(lab)
+    balancer.up(*web(lab))
+    balancer.kill()
+    lab.gateway.run(["ip", "link", "set", "eth0", "netns", client.namespace.name, "name", "moved"])
+    said = balancer.down()
+    assert "detached from eth1" in said and "eth0 is gone; where it was moved" in said
+    client.shell("ip link set dev moved xdp off")
+
+
 def test_one_that_is_deleted_and_made_again_is_attached_to_again(short_lived: Laboratory) -> None:
     lab, client, gateway = short_lived, short_lived.client, short_lived.gateway
     own = {host: (host.address(4), host.address(6)) for host in (client, gateway)}

@@ -233,6 +233,7 @@ async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = N
     notes.brought_up_to(interfaces)
     ours = own_programs(instance, notes)
     done = await detach_all(network, ours, set())
+    done += [_left_on(name) for name in notes.interfaces if name not in {interface.name for interface in interfaces}]
     notes.absorb(instance)
     done += notes.bequeath(instance)
     done += [f"removed {address} from {name}" for name, address in notes.addresses]
@@ -248,6 +249,13 @@ async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = N
         with suppress(OSError):
             parent.rmdir()
     return done
+
+
+def _left_on(name: str) -> str:
+    return (
+        f"{name} is gone; where it was moved to another network namespace, xdplb's program is still on it: "
+        f"ip -n NAMESPACE link set dev {name} xdp off"
+    )
 
 
 def _noted(instance: Instance) -> Ledger:
