@@ -192,17 +192,29 @@ def test_who_flaps_is_not_fought_without_end(lab: Laboratory, balancer: Balancer
 
 
 def test_an_address_is_announced_when_it_comes(lab: Laboratory) -> None:
-    """A client that knew the address elsewhere learns where it is now, without asking."""
+    """At `up`, by a reload, and when it is put back: a client that knew it elsewhere is told, unasked."""
     elsewhere = "02:00:00:00:0e:15"
-    for version in (4, 6):
-        lab.client.shell(f"ip neigh replace {VIP[version]} lladdr {elsewhere} nud reachable dev eth0")
     mac = mac_of(lab.gateway)
-    with balancing(lab, *web(lab)):
-        for version in (4, 6):
-            await_until(
-                lambda version=version: mac in lab.client.shell(f"ip neigh show {VIP[version]}"),  # type: ignore[misc]
-                f"the client knows of IPv{version}",
-            )
+
+    def believe(version: int) -> None:
+        lab.client.shell(f"ip neigh replace {VIP[version]} lladdr {elsewhere} nud reachable dev eth0")
+
+    def is_told(version: int) -> None:
+        await_until(lambda: mac in lab.client.shell(f"ip neigh show {VIP[version]}"), f"it knows of IPv{version}")
+
+    believe(4)
+    four, six = web(lab)
+    with balancing(lab, four) as balancer:
+        is_told(4)
+        believe(6)
+        balancer.reload(four, six)
+        is_told(6)
+        await_until(lambda: works(lab, 4) and works(lab, 6), "it works")
+        time.sleep(2.5)  # until the last announcement of these is over
+        for version, length in ((4, 32), (6, 128)):
+            believe(version)
+            lab.gateway.shell(f"ip address del {VIP[version]}/{length} dev eth0")
+            is_told(version)
     lab.client.shell("ip neigh flush dev eth0")
 
 
