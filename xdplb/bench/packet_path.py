@@ -25,7 +25,7 @@ from rich.table import Table
 
 from xdplb import paths
 from xdplb.abi import SLOT_IN_TRANSITION, FlowTimes, defines
-from xdplb.bench import checks, churn, tables
+from xdplb.bench import checks, churn, scale, tables
 from xdplb.config import read as configuration
 from xdplb.core import requirements
 from xdplb.core.hash_key import HashKey
@@ -262,7 +262,9 @@ def show(result: dict[str, Any]) -> Table:
 def main(arguments: Sequence[str]) -> int:
     """`xdplb bench` and `scripts/bench`."""
     parser = argparse.ArgumentParser(prog="xdplb bench", description=__doc__)
-    parser.add_argument("what", choices=("packet-path", "tables", "churn", "checks"), nargs="?", default="packet-path")
+    parser.add_argument(
+        "what", choices=("packet-path", "tables", "churn", "checks", "scale"), nargs="?", default="packet-path"
+    )
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help=f"interleaved rounds, at least {ROUNDS} for figures to quote"
@@ -278,6 +280,9 @@ def main(arguments: Sequence[str]) -> int:
         elif options.what == "checks":
             status.update("checking real servers")
             result, table = checks.measure(machine()), checks.show
+        elif options.what == "scale":
+            status.update("starting with 50,000 backends")
+            result, table = scale.measure(machine()), scale.show
         else:
             result, table = packet_path(options.rounds, status.update), show
     if options.output == "json":

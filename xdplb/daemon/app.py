@@ -9,6 +9,7 @@ end     Ctrl-C, SIGTERM or `down`: everything is undone. Killed, or SIGUSR1: pac
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -72,6 +73,7 @@ def run(options: DaemonOptions, serve: Serve) -> None:
     """Runs until told to end. Raises XdplbError where it cannot start, or cannot go on."""
     log_to_stderr(options.instance.log)
     sys.setswitchinterval(SWITCH_S)
+    gc.freeze()  # a configuration of tens of thousands lives long: to look through it again and again takes too long
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with steering_alone(options.instance):
@@ -223,6 +225,7 @@ class Daemon:
             self._handle_signals(tasks)
             try:
                 if await self._unless_stopped(tasks.create_task(self._reloader.start(self._left))):
+                    gc.freeze()
                     notify.ready()
                     await self._stop.wait()
                 log.info("ending")

@@ -99,6 +99,7 @@ class NextHopWatcher:
         self._to_tend: set[NeighbourKey] = set()
         """Neighbours that may need care: whatever they hear of, events and routes put here."""
         self._unresolved: set[Address] = set()
+        self._all_unresolved = False
         self._doubted: set[Address] = set()
         self._doubt = asyncio.Event()
         self._work = asyncio.Event()
@@ -165,7 +166,7 @@ class NextHopWatcher:
                 if address in self._routes:
                     self._refresh(address)
             await asyncio.sleep(0)
-        self._look_up(self._addresses)
+        self._look_up_all()
 
     def _apply(self, event: Event) -> None:
         match event:
@@ -182,10 +183,12 @@ class NextHopWatcher:
                     self._to_tend.add(neighbour.key)
                     for address in tuple(users):
                         self._refresh(address)
+            case RouteEvent(network) if network.prefixlen == 0:
+                self._look_up_all()
             case RouteEvent(network):
                 self._look_up(within(self._sorted[network.version], network))
             case NextHopEvent():
-                self._look_up(self._addresses)
+                self._look_up_all()
 
     def _apply_link(self, event: LinkEvent) -> None:
         index = event.interface.index
@@ -203,7 +206,7 @@ class NextHopWatcher:
         affected = [address for address, route in self._routes.items() if route is not None and route.ifindex == index]
         for address in affected:
             self._refresh(address)
-        self._look_up(self._addresses)
+        self._look_up_all()
 
     def _refresh(self, address: Address) -> None:
         route = self._routes[address]
@@ -224,13 +227,22 @@ class NextHopWatcher:
         if self._unresolved:
             self._work.set()
 
+    def _look_up_all(self) -> None:
+        self._all_unresolved = True
+        self._work.set()
+
     async def _resolve(self) -> None:
-        """Asks for the routes of addresses whose way may have changed, those of one burst of events together."""
+        """Asks for the routes of addresses whose way may have changed, those of one burst of events together. Where
+        that takes long, it pauses for as long.
+        """
+        loop, took_s = asyncio.get_running_loop(), 0.0
         while True:
             await self._work.wait()
-            await asyncio.sleep(DEBOUNCE_S)
+            await asyncio.sleep(max(DEBOUNCE_S, took_s))
+            began = loop.time()
             self._work.clear()
-            batch, self._unresolved = self._unresolved, set()
+            batch = set(self._addresses) if self._all_unresolved else self._unresolved
+            self._unresolved, self._all_unresolved = set(), False
             for part in _slices(tuple(batch)):
                 try:
                     routes = await self._kernel.routes(part)
@@ -241,10 +253,11 @@ class NextHopWatcher:
                     break
                 batch.difference_update(part)
                 for address, route in routes.items():
-                    if address in self._addresses:
+                    if address in self._addresses and (address not in self._records or self._routes[address] != route):
                         self._set_route(address, route)
                         self._refresh(address)
                 await self._keep_all([route.neighbour_of(address) for address, route in routes.items() if route])
+            took_s = loop.time() - began
 
     def _set_route(self, address: Address, route: Route | None) -> None:
         before = self._routes.get(address)
