@@ -30,6 +30,8 @@ FIRST_VERDICTS_S = 5.0
 """How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
 
 RAMP_EVERY_S = 1.0
+TROUBLES_TOLD, TROUBLES_WITHIN_S = 20, 1.0
+"""A line of the log for each of tens of thousands of neighbours would hold up the event loop."""
 
 
 _AHEAD = " "
@@ -79,6 +81,8 @@ class BackendMonitor:
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._lost: set[Address] = set()
         self._news = asyncio.Event()
+        self._troubles = 0
+        self._troubles_since = 0.0
         self._slow_start = SlowStart()
 
     async def run(self) -> None:
@@ -262,9 +266,20 @@ class BackendMonitor:
             self._prober.burst(record.address)
 
     def _on_trouble(self, address: Address, reason: str) -> None:
-        log.warning("%s: %s; checking it now", address, reason)
         self._lost.add(address)
+        self._tell_trouble(address, reason)
         self._prober.burst(address)
+
+    def _tell_trouble(self, address: Address, reason: str) -> None:
+        """Each where they are few. Of a network that fails as a whole, the first, and how many have failed by then."""
+        now = time.monotonic()
+        if now > self._troubles_since + TROUBLES_WITHIN_S:
+            self._troubles_since, self._troubles = now, 0
+        self._troubles += 1
+        if self._troubles <= TROUBLES_TOLD:
+            log.warning("%s: %s; checking it now", address, reason)
+        elif self._troubles == TROUBLES_TOLD + 1:
+            log.warning("next hops of %d addresses are lost; more within this second are not told", len(self._lost))
 
     async def _ramp_up(self) -> None:
         while True:

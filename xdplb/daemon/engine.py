@@ -80,6 +80,8 @@ class Engine:
         self.key = key
         self.clock = clock or the_clock()
         self._writer = writer or MapWriter(plane, key, self.clock)
+        self._known_shared: tuple[Config, frozenset[BackendKey]] | None = None
+        """Of the configuration looked at last: with tens of thousands of backends it takes a while to find."""
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:
@@ -88,7 +90,9 @@ class Engine:
         self._writer.window = self.clock.ticks(config.flow_cache.window_s)
         self.statuses.follow(config)
         self.services: dict[str, Service] = {service.name: service for service in config.services}
-        self._shared = shared_backends(config)
+        if self._known_shared is None or self._known_shared[0] is not config:
+            self._known_shared = config, shared_backends(config)
+        self._shared = self._known_shared[1]
         self._planner = Planner(self.applied, _tunnels(config))
 
     def as_it_is(self) -> Engine:
@@ -123,6 +127,7 @@ class Engine:
             if isinstance(operation, Publish):
                 self._writer.build(operation)
             other.applied.advance(operation)
+        self._known_shared = other._known_shared
 
     def withdraw(self, key: BackendKey) -> None:
         """The urgent part of a backend's failure: no packet goes there from now on, but of flows that it keeps. Its

@@ -106,8 +106,7 @@ class Reloader:
             engine, _ = await asyncio.gather(
                 self._generations.first(self.config, self._monitor.statuses, left), self._monitor.first_verdicts()
             )
-            engine = await self._generations.roomy(engine, self.config)
-            await self._fill(engine)
+            engine = await self._fill_at_first(engine, left)
             self._generations.carry_counters(engine)
             await self._save_or_fail()
             await self._host.prepare(self.config)
@@ -181,6 +180,16 @@ class Reloader:
         new.adopt_config(config)
         await self._apply()
         self._forget_overrides()
+
+    async def _fill_at_first(self, engine: Engine, left: Manifest | None) -> Engine:
+        """The engine whose maps are filled. New ones need no rehearsal: nobody meets them if they are too small."""
+        if left is None:
+            with suppress(CapacityExceeded):
+                await self._fill(engine)
+                return engine
+        engine = await self._generations.roomy(engine, self.config)
+        await self._fill(engine)
+        return engine
 
     async def _fill(self, engine: Engine) -> None:
         """Makes the maps what they should be, in another thread, and `engine` the one in force."""
