@@ -40,6 +40,9 @@ struct address_bucket {
 struct directory {
 	__u32 half;
 	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
+	/* By half: a bit for each address that services listen on, or two may share one. A packet's source is looked up here.
+	 */
+	__u64 listening[2][LISTENING_WORDS];
 };
 
 /* (protocol << 16 | port) from `first` to `last`, both included, belongs to `target`: a service's or a backend's id. */
@@ -149,6 +152,7 @@ struct backend_counters {
 /* Per CPU, per service (0: no service could be named). The names are the reasons in `drops` of `xdplb stats -o json`. */
 struct drop_counters {
 	__u64 malformed;        /* headers truncated, or lengths that contradict the frame */
+	__u64 martian_source;   /* its source is one that no router forwards, or an address of services (RFC 1812 5.3.7) */
 	__u64 no_backend;       /* no backend serves and the service has nothing better to say */
 	__u64 rejected;         /* no backend serves: answered with a reset or an ICMP error */
 	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */

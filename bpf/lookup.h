@@ -41,6 +41,41 @@ static __always_inline struct address_entry *find_address(const struct address *
 	return NULL;
 }
 
+/*
+ * Do services listen on the address? Asked of the source of nearly every packet, and the answer is no: a bit of the address's
+ * hash says that, but for one in so many that the address table has to be asked.
+ */
+static __always_inline bool is_listening(const struct address *address)
+{
+	__u32 zero = 0;
+	struct directory *current = directory.lookup(&zero);
+	__u64 hash = hash_address(address);
+	struct address_entry *entry;
+
+	if (!current || !(current->listening[!!current->half][hash >> 6 & (LISTENING_WORDS - 1)] >> (hash & 63) & 1))
+		return false;
+	entry = find_address(address);
+	return entry && entry->services.count;
+}
+
+/*
+ * Sources that no router forwards (RFC 1812 5.3.7, RFC 4291 2.5.6), and the services' own addresses: a backend would answer a
+ * service, and that another backend, for ever. As in the kernel, 240/4 but its last address is like any other.
+ */
+static __always_inline bool is_martian(const struct packet *p)
+{
+	__u8 first = p->source.hi;
+
+	if (p->version == 4) {
+		first = unmapped(&p->source);
+		if (first == 0 || first == 127 || (first >= 224 && (first < 240 || unmapped(&p->source) == 0xffffffff)))
+			return true;
+	} else if (first == 0xff || (p->source.hi & 0xc0ff) == 0x80fe || !(p->source.hi || p->source.lo & ~(1ULL << 56))) {
+		return true; /* multicast, link-local, :: and ::1 */
+	}
+	return is_listening(&p->source);
+}
+
 /* Binary search for the interval that holds `key`; its target, or 0. */
 static __always_inline __u32 find_interval(struct interval_range range, __u32 key)
 {

@@ -52,6 +52,8 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 		return continue_at(p->ctx, STAGE_FULL_NAT_REPLY);
 	if (!service)
 		return pass();
+	if (is_martian(p))
+		return drop(service_id, REASON(martian_source));
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
 		return continue_at(p->ctx, STAGE_FULL_NAT);
 	hash = hash_flow(service, &p->source, p->ports);
@@ -187,6 +189,8 @@ int xdplb_icmp(struct xdp_md *ctx)
 	service = services.lookup(&target);
 	if (!target || !service)
 		return pass();
+	if (is_martian(p))
+		return drop(target, REASON(martian_source));
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
 		return continue_at(ctx, STAGE_FULL_NAT_ICMP);
 	return icmp_to_backend(p, &quoted, service, target);

@@ -25,6 +25,8 @@ STATE_LAYOUT = 2
 """Of slots, transitions, remembered flows and what counts them. Another version of xdplb takes them over where its
 number is the same; to be raised whenever the meaning of a word changes.
 """
+LISTENING_WORDS = 64
+"""How many words of bits say of an address that services may listen on it."""
 FIRST_SOURCE_PORT = 1024
 SETS_PER_SOURCE = (65536 - FIRST_SOURCE_PORT) // 8
 MAX_SOURCES = 64
@@ -226,6 +228,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
         "BACKEND_GONE": BACKEND_GONE,
         "FLOW_WRAPPING": FLOW_WRAPPING,
+        "LISTENING_WORDS": LISTENING_WORDS,
         "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,

@@ -33,7 +33,9 @@ def service_of(world: World, name: str) -> Service:
 
 def random_flow(rng: random.Random, service: Service) -> Flow:
     version = service.listen.address.version
-    source = IPv4Address(rng.getrandbits(32)) if version == 4 else IPv6Address(rng.getrandbits(128))
+    source = (
+        IPv4Address(rng.randrange(1 << 24, 127 << 24)) if version == 4 else IPv6Address(rng.getrandbits(125) | 1 << 125)
+    )
     return Flow(str(source), str(service.listen.address), rng.randrange(1, 65536), service.listen.first_port)
 
 

@@ -63,10 +63,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """`buckets` fill a half of their map; `intervals`, only as many as are used, begin a half of theirs."""
+    """`buckets` fill a half of their map; `intervals`, only as many as are used, begin a half of theirs. `listening`
+    has a bit for each address that services listen on.
+    """
 
     buckets: Records
     intervals: Records
+    listening: Words
 
 
 def address_buckets_for(addresses: int) -> int:
@@ -119,7 +122,8 @@ def build(
     intervals = np.zeros(used, interval_dtype)
     for field in ("first", "last", "target"):
         intervals[field] = np.concatenate([getattr(service_pieces, field), getattr(reply_pieces, field)])
-    return Endpoints(buckets, intervals)
+    served = sorted({*service_wires})
+    return Endpoints(buckets, intervals, _bits(words[[number[wire] for wire in served]], key))
 
 
 def _power_of_two(at_least: int) -> int:
@@ -220,6 +224,15 @@ def _place(words: Words, buckets: int, key: HashKey) -> _Place:
     held = np.array(table.held, np.int64)
     where = np.flatnonzero(held != _EMPTY)
     return _Place(where // ENTRIES_PER_BUCKET, where % ENTRIES_PER_BUCKET, held[where])
+
+
+def _bits(words: Words, key: HashKey) -> Words:
+    """is_listening() of bpf/lookup.h."""
+    hashes = _hash_addresses(words, key)
+    bits = np.zeros(abi.LISTENING_WORDS, np.uint64)
+    bit = np.uint64(1) << (hashes & np.uint64(63))
+    np.bitwise_or.at(bits, (hashes >> np.uint64(6) & np.uint64(abi.LISTENING_WORDS - 1)).astype(np.intp), bit)
+    return bits
 
 
 def _hash_addresses(words: Words, key: HashKey) -> Words:

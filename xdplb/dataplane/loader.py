@@ -76,7 +76,11 @@ class Dataplane:
         self.addresses = self._structs("addresses")
         self.intervals = self._structs("intervals")
         self.direct_seen: NDArray[np.uint32] = np.frombuffer(self._memory("direct_seen"), np.uint32)[::2]
-        self._directory: NDArray[np.uint32] = np.frombuffer(self._memory("directory"), np.uint32)
+        directory = self._memory("directory")
+        self._directory: NDArray[np.uint32] = np.frombuffer(directory, np.uint32)
+        self.listening: NDArray[np.uint64] = np.frombuffer(directory, np.uint64, 2 * abi.LISTENING_WORDS, 8).reshape(
+            2, -1
+        )
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flow_cache.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")

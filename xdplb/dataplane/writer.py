@@ -139,6 +139,7 @@ class MapWriter:
         half, buckets, intervals = 1 - plane.half, plane.geometry.address_buckets, plane.geometry.intervals
         plane.intervals[half * intervals :][: len(tables.intervals)] = tables.intervals
         plane.addresses[half * buckets :][:buckets] = tables.buckets
+        plane.listening[half] = tables.listening
         plane.publish(half)
 
 
