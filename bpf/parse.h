@@ -227,6 +227,8 @@ static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md
 	p->end = frame_end(ctx);
 	if ((void *)(eth + 1) > p->end)
 		return PARSE_OTHER;
+	if (!full && eth->macs[0] & 1)
+		return PARSE_OTHER; /* to many hosts, none of which may forward it (RFC 1812 5.3.4) */
 	p->network = eth + 1;
 	p->link_length = sizeof(*eth);
 	type = eth->type;

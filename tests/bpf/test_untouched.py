@@ -84,6 +84,21 @@ def icmp() -> Iterator[Case]:
     )
 
 
+def to_many() -> Iterator[Case]:
+    """One host's packet in a frame for many: each of them would forward it."""
+    for mode in MODES:
+        for title, mac in (("broadcast", "ff:ff:ff:ff:ff:ff"), ("multicast", "01:00:5e:00:00:05")):
+            for name, tags in TAGS.items():
+                packet = frame(tcp()(mode.flow("tcp")), destination=mac, tags=tags)
+                yield untouched(f"a {title} frame with {name} to {mode.name}", packet)
+    for version, vip in ((4, DOWN[0]), (6, DOWN[1])):
+        packet = frame(tcp()(Flow(CLIENT[version], vip)), destination="33:33:00:00:00:01")
+        yield untouched(f"a multicast frame to an IPv{version} service without backends", packet)
+        reply = NAT[version].translated(NAT[version].flow("tcp"), "tcp").back()
+        packet = frame(tcp("A")(reply), destination="ff:ff:ff:ff:ff:ff")
+        yield untouched(f"a reply of an IPv{version} backend in a broadcast frame", packet, arrives="back")
+
+
 def expired() -> Iterator[Case]:
     for mode in MODES:
         for ttl in (0, 1):
@@ -97,7 +112,7 @@ def parser_limits() -> Iterator[Case]:
     yield untouched("a packet without a next header", frame(IPv6(src=CLIENT[6], dst=VIP[6], nh=59)))
 
 
-@pytest.mark.parametrize("case", [*not_ip(), *not_ours(), *icmp(), *expired(), *parser_limits()], ids=str)
+@pytest.mark.parametrize("case", [*not_ip(), *not_ours(), *icmp(), *to_many(), *expired(), *parser_limits()], ids=str)
 def test_untouched(world: World, case: Case) -> None:
     world.check(case)
 
