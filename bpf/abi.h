@@ -86,6 +86,17 @@ struct backend {
 };
 
 /*
+ * The way of health checks through a service's address to one backend, by their source port; and the way back: the interface
+ * and MAC addresses that lead to their sockets (probe.h).
+ */
+struct probe_way {
+	struct service service;
+	struct backend backend;
+	__u8 macs[12];
+	__u32 ifindex;
+};
+
+/*
  * What a scheduler that counts knows of a backend. `active`: flows remembered that neither closed nor fell silent; it is the
  * number of the backend's words in the flow cache that have FLOW_COUNTED, from one atomic change to the next. `weight`: its
  * share of new flows, 0 for none; this half is the control plane's.

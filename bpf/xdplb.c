@@ -9,6 +9,7 @@
  *   xdplb_schedule          chooses a backend where no hash does (schedule.h)
  *   xdplb_icmp, _icmp_reply errors about a flow of a service, or about a packet to a NAT backend
  *   xdplb_full_nat, and its _reply, _icmp and _icmp_reply: that forward mode, both ways
+ *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep             sees no packet: the control plane runs it to age the flow cache
  *   xdplb_explain           sees the packets that the control plane makes up
@@ -39,6 +40,7 @@
 #include "answer.h"
 #include "balance.h"
 #include "fullnat.h"
+#include "probe.h"
 #include "explain.h"
 
 /* For a service's address and port: choose a backend, send the packet there. */
@@ -116,6 +118,8 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 
 	to = find_address(&p->destination);
 	if (!to || !to->services.count) {
+		if (HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_from_service(p))
+			return continue_at(ctx, STAGE_PROBE_REPLY);
 		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
 		if (is_icmp(p))
@@ -251,6 +255,24 @@ int xdplb_schedule(struct xdp_md *ctx)
 		return verdict(XDP_ABORTED);
 	choice->backend = choose(choice);
 	return continue_at(ctx, choice->backend ? STAGE_FULL : STAGE_SCHEDULE);
+}
+
+int xdplb_probe(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+
+	if (!HAVE_PROBES || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return XDP_DROP;
+	return probe(p);
+}
+
+int xdplb_probe_reply(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+
+	if (!HAVE_PROBES || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return pass();
+	return probe_reply(p);
 }
 
 int xdplb_sweep(struct xdp_md *ctx)

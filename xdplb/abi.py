@@ -61,6 +61,12 @@ class ServiceFlag(enum.IntFlag):
     UDP = 16
 
 
+MAX_PROBES = 4096
+"""Backends that are checked through their services' addresses: each has a source port of its own."""
+FIRST_PROBE_PORT = 65536 - MAX_PROBES
+"""Above the ports that the kernel gives out by itself (net.ipv4.ip_local_port_range)."""
+
+
 class SchedulerCode(enum.IntEnum):
     """How a backend is chosen for a new flow, where the slots do not say it."""
 
@@ -90,6 +96,7 @@ class Stage(enum.IntEnum):
     FULL_NAT_REPLY = 6
     FULL_NAT_ICMP = 7
     FULL_NAT_ICMP_REPLY = 8
+    PROBE_REPLY = 9
 
 
 class FlowState(enum.IntEnum):
@@ -160,6 +167,7 @@ class Features:
     client_prefix: bool = False
     full_nat: bool = False
     watchdog: bool = False
+    probes: bool = False
     times: FlowTimes = FlowTimes()
 
 
@@ -201,6 +209,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "HAVE_AFFINITY": features.affinity,
         "HAVE_CLIENT_PREFIX": features.client_prefix,
         "HAVE_WATCHDOG": features.watchdog,
+        "HAVE_PROBES": features.probes,
         "SERVICES": geometry.services,
         "BACKENDS": geometry.backends,
         "SLOTS": geometry.slots,
@@ -232,6 +241,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,
+        "FIRST_PROBE_PORT": FIRST_PROBE_PORT,
+        "MAX_PROBES": MAX_PROBES,
         "STAGE_COUNT": len(Stage),
     }
     for prefix, members in (("FORWARD", ForwardCode), ("SERVICE", ServiceFlag), ("BACKEND", BackendFlag)):

@@ -103,6 +103,13 @@ class CheckType(enum.StrEnum):
         return self in (CheckType.HTTP, CheckType.HTTPS)
 
 
+class CheckVia(enum.StrEnum):
+    """To the backend itself, or to the service's address, from where it goes as clients' packets do."""
+
+    BACKEND = "backend"
+    VIP = "vip"
+
+
 class DnsRecord(enum.StrEnum):
     A = "A"
     AAAA = "AAAA"
@@ -226,6 +233,7 @@ class Check:
     record: DnsRecord = DnsRecord.A
     rcodes: tuple[Rcode, ...] = (Rcode.NOERROR,)
     command: tuple[str, ...] = ()
+    via: CheckVia = CheckVia.BACKEND
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +280,11 @@ class Service:
     affinity: Affinity | None = None
     slow_start_s: float = 0.0
     on_remove: OnRemove = OnRemove.REHASH
+
+    @property
+    def probes_by_vip(self) -> bool:
+        """Whether its checks take the way of clients' packets. Translated, both ways lead to the same packet."""
+        return self.check.via is CheckVia.VIP and not self.forward.translates
 
     @property
     def remembers_all(self) -> bool:

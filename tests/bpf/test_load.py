@@ -28,11 +28,12 @@ FEATURES = {
     "gue of both families in both": "ipv4 ipv6 gue outer_ipv4 outer_ipv6",
     "nat and ipip": "ipv4 ipv6 nat ipip outer_ipv4",
     "nat and dsr, with a watchdog": "ipv4 ipv6 nat dsr watchdog",
+    "tunnels and checks through them": "ipv4 ipv6 ipip gue dsr outer_ipv4 outer_ipv6 probes",
     "schedulers that choose": "ipv4 ipv6 nat ipip outer_ipv4 choice",
     "everything, sending by redirect": "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 tx_by_redirect",
     "full nat": "ipv4 ipv6 full_nat choice affinity",
     "everything, and choosing": (
-        "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 choice affinity client_prefix full_nat"
+        "ipv4 ipv6 nat dsr ipip gue outer_ipv4 outer_ipv6 choice affinity client_prefix full_nat probes"
     ),
 }
 
@@ -49,7 +50,7 @@ def test_it_loads(pins: None, words: str) -> None:
     plane = loader.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
     try:
         stages = {f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
-        assert set(plane.programs) == {"xdplb", "xdplb_sweep", "xdplb_explain"} | stages
+        assert set(plane.programs) == {"xdplb", "xdplb_sweep", "xdplb_explain", "xdplb_probe"} | stages
         for version in (4, 6):
             packet = bytes(frame(tcp()(Flow(CLIENT[version], CLIENT[version]))))
             result = syscall.test_run(plane.program_fd, packet)

@@ -11,6 +11,15 @@ from xdplb.model import Address, Check
 
 
 @dataclass(frozen=True, slots=True)
+class Via:
+    """Through a service's `address`: a socket on the interface `device`, whose source port stands for the backend."""
+
+    address: Address
+    device: str
+    source_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """All that the bytes and the times of a check depend on. `host` goes into Host and SNI; without it the address."""
 
@@ -18,6 +27,7 @@ class Endpoint:
     port: int
     check: Check
     host: str | None = None
+    via: Via | None = None
 
     def __hash__(self) -> int:
         """Without the check: it has many fields, and few endpoints differ in nothing else."""
@@ -25,7 +35,8 @@ class Endpoint:
 
     @property
     def socket_address(self) -> tuple[str, int]:
-        return str(self.address), self.port
+        """What a socket connects to."""
+        return str(self.via.address if self.via else self.address), self.port
 
     @property
     def literal(self) -> str:

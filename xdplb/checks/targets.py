@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from xdplb.checks.endpoint import Endpoint
-from xdplb.model import Address, BackendKey, Check, CheckType, Config
+from xdplb.checks.endpoint import Endpoint, Via
+from xdplb.model import Address, Backend, BackendKey, Check, CheckType, Config, Service
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Target:
     port: int
     check: Check
     server_host: str | None = None
+    via: Via | None = None
 
     @property
     def place(self) -> str:
@@ -28,18 +30,23 @@ class Target:
         """What to check. Targets with the same endpoint are checked by one probe."""
         host = self.check.host or self.server_host if self.check.type.speaks_http else None
         port = 0 if self.check.type is CheckType.PING else self.port
-        return Endpoint(self.address, port, self.check, host)
+        return Endpoint(self.address, port, self.check, host, self.via)
 
 
 Targets = dict[BackendKey, Target]
 
 
-def targets(config: Config) -> Targets:
-    """What is to be checked, by backend."""
+def _directly(service: Service, backend: Backend) -> Via | None:
+    return None
+
+
+def targets(config: Config, way: Callable[[Service, Backend], Via | None] = _directly) -> Targets:
+    """What is to be checked, by backend. `way` is the one through the service, where it has to be that."""
     found = {}
     for service in config.services:
         for backend in service.backends:
             key = BackendKey(service.name, backend.name)
             port = service.check.port or backend.port or service.listen.first_port
-            found[key] = Target(key, backend.address, port, service.check, service.check.host)
+            via = way(service, backend) if service.probes_by_vip else None
+            found[key] = Target(key, backend.address, port, service.check, service.check.host, via)
     return found

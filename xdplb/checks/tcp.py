@@ -9,6 +9,7 @@ import struct
 from collections.abc import Generator
 
 from xdplb.checks.attempt import Attempt, Steps, Verdict
+from xdplb.checks.connect import connect
 from xdplb.checks.endpoint import Endpoint
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -34,14 +35,14 @@ class Connector:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
-        self._address = endpoint.socket_address
+        self._endpoint = endpoint
 
     def __call__(self, attempt: Attempt) -> Generator[None, int, socket.socket]:
         """A connected socket that resets when it is closed, and whose events resume the attempt."""
         connection = socket.socket(self._family, _STREAM)
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            error = connection.connect_ex(self._address)
+            error = connect(connection, self._endpoint)
             if error == errno.EINPROGRESS:
                 attempt.watch(connection.fileno())
                 events = yield

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from contextlib import suppress
 
 from xdplb.checks.attempt import Attempt, CheckFailed, OutOfTime, Steps, Verdict, excerpt
+from xdplb.checks.connect import connect
 from xdplb.checks.endpoint import Endpoint, Layer
 
 _DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -44,12 +45,13 @@ class Exchange:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET
-        self._address = endpoint.socket_address
+        self._endpoint = endpoint
 
     def opened(self, attempt: Attempt) -> socket.socket:
         connection = socket.socket(self._family, _DATAGRAM)
         try:
-            connection.connect(self._address)
+            if error := connect(connection, self._endpoint):
+                raise OSError(error, "connect")
             attempt.watch(connection.fileno())
         except BaseException:
             connection.close()

@@ -61,6 +61,7 @@ from xdplb.model import (
     Address,
     Affinity,
     CheckType,
+    CheckVia,
     DnsRecord,
     FlowMemory,
     Forward,
@@ -147,6 +148,8 @@ class CheckPart(Part):
     """Bad checks in a row that make a backend down."""
     port: _Port | None = _CHECK.port
     """The backend's own port where none is given."""
+    via: Annotated[CheckVia, PlainValidator(choice("way", CheckVia, ())), _words(CheckVia)] = _CHECK.via
+    """Whether it goes to the backend itself, or to the service's address and from there as clients' packets do."""
     path: Annotated[str, PlainValidator(parse_check_path), _TEXT_SCHEMA] = _CHECK.path
     host: Annotated[str | None, PlainValidator(parse_check_host), _TEXT_SCHEMA] = _CHECK.host
     """The Host header, and for https the name asked for by SNI."""

@@ -111,6 +111,7 @@ def _check(check: CheckPart) -> model.Check:
         rise=check.rise,
         fall=check.fall,
         port=check.port,
+        via=check.via,
         path=check.path,
         host=check.host,
         tls=_tls(check.tls),

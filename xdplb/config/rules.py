@@ -9,7 +9,18 @@ from xdplb.abi import MAX_BACKENDS, MAX_SOURCES
 from xdplb.config import yamllines
 from xdplb.config.drafts import Draft, Report
 from xdplb.config.parts import BackendPart, FlowCachePart
-from xdplb.model import Address, Affinity, CheckType, FlowMemory, Forward, Listen, Network, Protocol, Scheduler
+from xdplb.model import (
+    Address,
+    Affinity,
+    CheckType,
+    CheckVia,
+    FlowMemory,
+    Forward,
+    Listen,
+    Network,
+    Protocol,
+    Scheduler,
+)
 
 
 def service_names(drafts: Sequence[Draft], report: Report) -> None:
@@ -135,8 +146,23 @@ def checks(draft: Draft, report: Report) -> None:
     needed, example = _NEEDED.get(check.type, ("", ""))
     if needed and not getattr(check, needed):
         report((*draft.path, "check"), f"{_a(check.type)} check needs {needed}; write {needed}: {example}")
+    if check.via is CheckVia.VIP and "forward" not in draft.doubt:
+        _goes_by_the_vip(draft, report)
     if check.tls.ca is not None and not check.tls.verify:
         report((*draft.path, "check", "tls"), "ca means nothing without verify: true")
+
+
+def _goes_by_the_vip(draft: Draft, report: Report) -> None:
+    check, listen = draft.settings.check, draft.own.listen
+    here = (*draft.path, "check")
+    if check.type in _WITHOUT_PORT:
+        report(here, f"{_a(check.type)} check cannot go via: vip; it speaks to no port of the service")
+    elif draft.settings.forward.translates:
+        return
+    elif check.port is not None:
+        report(here, "via: vip checks the service's own port; leave out port")
+    elif any(backend.address.address.version != listen.address.version for _, backend in draft.backends):
+        report(here, f"via: vip needs backends of the service's own family, IPv{listen.address.version}")
 
 
 _HTTP = (CheckType.HTTP, CheckType.HTTPS)

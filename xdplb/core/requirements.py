@@ -40,6 +40,7 @@ def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) 
         full_nat=Forward.FULL_NAT in modes,
         client_prefix=any(_has_prefix(service) for service in config.services),
         watchdog=config.control_loss_s is not None,
+        probes=any(service.probes_by_vip for service in config.services),
         times=times,
     )
 

@@ -35,6 +35,8 @@ from xdplb.daemon.lock import holder, locked
 from xdplb.daemon.logs import log_to_stderr
 from xdplb.daemon.loop_lag import LoopLag
 from xdplb.daemon.overrides import Overrides
+from xdplb.daemon.probe_link import device_of
+from xdplb.daemon.probing import Probing
 from xdplb.daemon.reload import Reloader
 from xdplb.daemon.supervision import Supervisor
 from xdplb.dataplane import manifest
@@ -108,7 +110,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
     notes = left or Manifest([], "", {}, {})
     notes.interfaces = [interface.name for interface in interfaces]
     alarms = Alarms()
-    owner = Host(links, instance, interfaces, alarms)
+    owner = Host(links, instance, interfaces, alarms, on_probe_link=lambda ends: reloader.probe_by(ends))
     await owner.refuse_foreign(options.replace)
 
     overrides = Overrides.of(instance)
@@ -117,6 +119,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         overrides,
         lambda key: failover.on_change(key),
         lambda event: None,
+        probing=Probing(device_of(interfaces[0])),
         on_check_trouble=partial(_alarm_of_checks, alarms),
     )
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from xdplb.checks.endpoint import Via
 from xdplb.checks.process import OpenChecker, open_process
 from xdplb.checks.scheduler import Prober
 from xdplb.checks.targets import Target, Targets, targets
@@ -19,6 +20,9 @@ from xdplb.core.health import AgentWord, CheckResult, Health
 from xdplb.core.slow_start import SlowStart
 from xdplb.core.status import AgentState, BackendStatus, Statuses
 from xdplb.daemon.overrides import Overrides
+from xdplb.daemon.probe_link import Ends
+from xdplb.daemon.probing import Probing
+from xdplb.dataplane.loader import Dataplane
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Address, Admin, BackendKey, CheckType, Config, HealthState
 from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
@@ -65,12 +69,14 @@ class BackendMonitor:
         on_change: Callable[[BackendKey], None],
         on_link: Callable[[LinkEvent], None],
         *,
+        probing: Probing | None = None,
         on_check_trouble: Callable[[str | None], None] = lambda trouble: None,
         open_checker: OpenChecker = open_process,
     ) -> None:
         self.health: dict[BackendKey, Health] = {}
         self.statuses = Statuses()
         self._overrides = overrides
+        self._probing = probing or Probing("")
         self._on_change = on_change
         self._prober = Prober(
             self._on_result, self._next_interval, on_trouble=on_check_trouble, open_checker=open_checker
@@ -79,6 +85,7 @@ class BackendMonitor:
         self._targets: Targets = {}
         self._candidates: dict[BackendKey, _Candidate] = {}
         self._by_address: dict[Address, list[BackendKey]] = {}
+        self._vias: dict[Address, list[Via]] = {}
         self._lost: set[Address] = set()
         self._news = asyncio.Event()
         self._troubles = 0
@@ -99,7 +106,7 @@ class BackendMonitor:
         """
         self.statuses.follow(config)
         before, known = self._targets, self.health
-        self._targets = targets(config)
+        self._targets = targets(config, self._probing.way)
         self.health = {key: self._inherited(key, target, before, known) for key, target in self._targets.items()}
         if left is not None:
             self._take_over(left)
@@ -169,7 +176,7 @@ class BackendMonitor:
         now = time.time()
         self._candidates = {
             key: _Candidate(target, health.initial(target.check, now))
-            for key, target in targets(config).items()
+            for key, target in targets(config, self._probing.way).items()
             if self._targets.get(key) != target
         }
         self._watch()
@@ -178,6 +185,12 @@ class BackendMonitor:
     def look_back(self) -> None:
         """After a look ahead that led nowhere."""
         self._forget_candidates()
+
+    def probe_by(self, plane: Dataplane, ends: Ends | None, config: Config) -> None:
+        """Checks through services' addresses can be done from now on, by these programs and interfaces."""
+        self._probing.begin(plane, ends, config)
+        if self._vias:
+            self._watch()
 
     async def first_verdicts(self) -> None:
         """Until each backend's health and next hop are known, or for so long that one must be dead."""
@@ -206,10 +219,25 @@ class BackendMonitor:
         for key, target in self._targets.items():
             self._by_address.setdefault(target.address, []).append(key)
         self._watcher.set_addresses([*self._by_address, *(c.target.address for c in self._candidates.values())])
-        ahead = (replace(c.target, key=_as_candidate(key)) for key, c in self._candidates.items())
-        self._prober.set_targets([*self._targets.values(), *ahead])
+        ahead = [replace(c.target, key=_as_candidate(key)) for key, c in self._candidates.items()]
+        followed = [*self._targets.values(), *ahead]
+        self._vias = {}
+        for target in followed:
+            if target.via is not None:
+                self._vias.setdefault(target.address, []).append(target.via)
+        self._probing.keep([via for vias in self._vias.values() for via in vias])
+        for address in self._vias:
+            self._lead(address)
+        self._prober.set_targets([target for target in followed if self._probing.leads(target.via)])
+
+    def _lead(self, address: Address) -> None:
+        """Has checks through services find the next hop of this backend's address."""
+        for via in self._vias.get(address, ()):
+            self._probing.put(via.source_port, next_hop_of(self._watcher.records.get(address)))
 
     def _is_open(self, target: Target, known: Health) -> bool:
+        if not self._probing.leads(target.via):
+            return False
         record = self._watcher.records.get(target.address)
         if known.state is HealthState.UNKNOWN:
             return True
@@ -259,6 +287,7 @@ class BackendMonitor:
         if record.state is NextHopState.LOCAL:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
         next_hop = next_hop_of(record)
+        self._lead(record.address)
         for key in self._by_address.get(record.address, ()):
             self._change(key, lambda status: replace(status, next_hop=next_hop))
         if next_hop is not None and record.address in self._lost:

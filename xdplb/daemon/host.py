@@ -3,6 +3,7 @@
     interfaces  each that was named, wherever it went                                       ports.py
     programs    on each of them                                                             attachments.py
     addresses   of services and of the source pool, where the host does not have them       addresses.py
+    probes      the veth pair of checks through services' addresses                         probe_link.py
     settings    nat, full-nat: forwarding, accept_local, rp_filter; generic mode: GRO, LRO  kernel_settings.py
     neighbours  entries of backends, kept resolved                                          net/next_hop_watcher.py
     files       pins on bpffs, the instance's directory below /run                          paths.py
@@ -27,6 +28,7 @@ from xdplb.daemon.kernel_settings import KernelSettings
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.ports import Ports
+from xdplb.daemon.probe_link import Ends, ProbeLink, device_of
 from xdplb.daemon.surroundings import Surroundings
 from xdplb.daemon.upkeep import Difference, Patience
 from xdplb.dataplane import loader
@@ -58,6 +60,7 @@ class Host:
         *,
         sysctls: Sysctls | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_probe_link: Callable[[Ends], None] = lambda ends: None,
     ) -> None:
         """Raises XdplbError where what an earlier run noted cannot be read."""
         self._network = network
@@ -69,6 +72,8 @@ class Host:
         self._programs = Attachments(network, instance, self._ports, self._ledger)
         self._addresses = Addresses(network, self._ports, self._ledger, alarms)
         self._settings = KernelSettings(self._ports, self._ledger, sysctls or Sysctls())
+        device = device_of(interfaces[0])
+        self._probe_link = ProbeLink(network, device, self._ledger, sysctls or Sysctls(), on_probe_link)
         self._surroundings = Surroundings(network, self._ports)
         self._patience = Patience(clock)
         self._config: Config | None = None
@@ -111,6 +116,11 @@ class Host:
             self._ledger.absorb(self._instance)
             await self._addresses.add(config)
 
+    async def lead_probes(self, config: Config, program: int) -> Ends | None:
+        """The interfaces of checks through services' addresses, with their program. None without such checks."""
+        async with self._changing:
+            return await self._probe_link.make(config, program)
+
     async def release(self, config: Config) -> None:
         """Takes back what `config` does not need, and keeps the host as `config` needs it from now on.
 
@@ -143,6 +153,7 @@ class Host:
         finally:
             self._addresses.close()
             self._programs.close()
+            self._probe_link.close()
 
     async def _listen(self) -> None:
         with self._network.host_changes() as changes:
@@ -193,6 +204,7 @@ class Host:
             found += self._settings.aggregating()
             found += await self._settings.differences(config)
             found += await self._addresses.differences(config)
+            found += await self._probe_link.differences()
             self._addresses.announce_again(config)
             told = [difference for difference in found if not await self._mended(difference)]
             self._tell(told)
@@ -238,6 +250,8 @@ async def undo(network: Network, instance: Instance, sysctls: Sysctls | None = N
     done += notes.bequeath(instance)
     done += [f"removed {address} from {name}" for name, address in notes.addresses]
     await Addresses(network, Ports(network, [], notes), notes, Alarms()).remove(None)
+    if notes.probe_link and await network.remove_interface(notes.probe_link):
+        done.append(f"removed {notes.probe_link}")
     kernel_settings.restore(notes, sysctls or Sysctls())
     if not ledger.others(instance, notes.namespace):  # the last one gives back what all of them kept
         await network.release([neighbour for neighbour in await network.neighbours() if neighbour.ours])

@@ -27,7 +27,8 @@ class Ledger:
     """`interfaces` has (index, MAC) by name, the one that faces the clients first: a name is a label, which may have
     changed since. `addresses` are (interface, address) that we added, `sysctls` and `aggregation` what was before, by
     names of `interfaces`, `programs` the ids of what we attached. `relies` are the addresses that our services need,
-    whoever added them. `namespace` is the inode of the network namespace.
+    whoever added them. `namespace` is the inode of the network namespace. `probe_link` is the interface that we made
+    for checks through services.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Ledger:
     programs: list[int] = field(default_factory=list)
     relies: list[str] = field(default_factory=list)
     namespace: int = 0
+    probe_link: str = ""
     _saved: str = field(default="", compare=False)
 
     def save(self) -> None:

@@ -19,6 +19,7 @@ from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
 from xdplb.daemon.overrides import Overrides
+from xdplb.daemon.probe_link import Ends
 from xdplb.daemon.supervision import said
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable, XdplbError
@@ -37,6 +38,7 @@ class Host(Protocol):
     async def attach(self, program: int, mode: AttachMode, replace: bool) -> None: ...
     async def add_addresses(self, config: Config) -> None: ...
     async def release(self, config: Config) -> None: ...
+    async def lead_probes(self, config: Config, program: int) -> Ends | None: ...
     async def leave_other_interfaces(self) -> None: ...
 
 
@@ -114,6 +116,7 @@ class Reloader:
             self.attached = True
             await self._host.add_addresses(self.config)
             await self._host.release(self.config)
+            await self._lead_probes(engine)
             await self._host.leave_other_interfaces()
             self._generations.forget_others(engine)
             self._forget_overrides()
@@ -142,6 +145,7 @@ class Reloader:
                 raise
             await self._commit(config, made)
             await self._host.release(config)
+            await self._lead_probes(made[-1])
             await self._save()
             log.info("configuration reloaded: %d services", len(config.services))
 
@@ -215,6 +219,26 @@ class Reloader:
         self._alarms.set(
             self._behind, "maps-behind", "the maps are not what the configuration wants", "see the log; xdplb retries"
         )
+
+    async def _lead_probes(self, engine: Engine) -> None:
+        """Checks through services' addresses, if there are any. If they cannot be, backends keep their states."""
+        ends, trouble = None, None
+        try:
+            ends = await self._host.lead_probes(self.config, engine.plane.probe_fd)
+        except (XdplbError, OSError) as error:
+            trouble = error
+        self._alarms.set(
+            trouble is not None,
+            "probes-left-out",
+            f"checks through services' addresses are left out: {said(trouble) if trouble else ''}",
+            "mend it on this host, then: xdplb reload",
+        )
+        self.probe_by(ends)
+
+    def probe_by(self, ends: Ends | None) -> None:
+        """These interfaces lead checks through services' addresses now."""
+        if self.engine is not None:
+            self._monitor.probe_by(self.engine.plane, ends, self.config)
 
     def _forget_overrides(self) -> None:
         """What does not hold any more does no harm until the next time."""

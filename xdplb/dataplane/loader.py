@@ -31,6 +31,7 @@ from xdplb.errors import CompileError, NotCapable, NotPrivileged
 MAIN = "xdplb"
 SWEEP = "xdplb_sweep"
 EXPLAIN = "xdplb_explain"
+PROBE = "xdplb_probe"
 _STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
 COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_counters")
 STAGES = "stages"
@@ -73,6 +74,7 @@ class Dataplane:
         self._pins = {pins / name: self.fd(name) for name in bundle.map_names()} | {stages_pin: self.fd(STAGES)}
         self.services = self._table("services")
         self.backends = self._table("backends")
+        self.probe_ways = self._structs("probe_ways")
         self.addresses = self._structs("addresses")
         self.intervals = self._structs("intervals")
         self.direct_seen: NDArray[np.uint32] = np.frombuffer(self._memory("direct_seen"), np.uint32)[::2]
@@ -93,6 +95,11 @@ class Dataplane:
     def program_fd(self) -> int:
         """The program to attach."""
         return self.programs[MAIN]
+
+    @property
+    def probe_fd(self) -> int:
+        """The program of checks through services' addresses, for an interface of its own."""
+        return self.programs[PROBE]
 
     @property
     def half(self) -> int:
@@ -188,7 +195,7 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey,
     program = secrets.token_hex(4)
     flags = bundle.compiler_flags(definitions, key, pins, program)
     _refuse_foreign_pins(pins)
-    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, *_STAGES.values()])
+    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, PROBE, *_STAGES.values()])
     _refuse_other_sizes(bpf, pins)
     plane = Dataplane(bpf, programs, geometry, features, pins, bundle.pin_of_program(pins, STAGES, program))
     for name in bundle.map_names():  # so that all are found through the program, and live as long

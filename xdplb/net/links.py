@@ -34,6 +34,7 @@ _T = TypeVar("_T")
 XDP_FLAGS_UPDATE_IF_NOEXIST, XDP_FLAGS_REPLACE = 0x01, 0x10
 XDP_FLAGS_MODE = {AttachMode.GENERIC: 0x02, AttachMode.NATIVE: 0x04}
 IFA_F_NODAD = 0x02
+LAST_PRIORITY = 0xFFFFFFFF
 NLM_F_DUMP_INTR = 0x10
 RTNLGRP_NEXTHOP = 32
 EVENT_BUFFER_BYTES = 32 << 20
@@ -247,6 +248,38 @@ class Links:
         for entry, code in (await asyncio.to_thread(bulk.release, entries)).items():
             if code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
                 raise _refused(f"cannot release the neighbour {entry.key.address}", code)
+
+    async def add_pair(self, name: str, peer: str) -> None:
+        """Two interfaces with a cable between, which no neighbour is asked for on and no address comes to by itself."""
+        try:
+            await self._netlink.link("add", ifname=name, kind="veth", peer=peer)
+            for each in (peer, name):
+                index = (await self.interface(each)).index
+                await self._netlink.link("set", index=index, arp=False)
+                await self._netlink.link("set", index=index, state="up")
+        except NetlinkError as error:
+            raise _failed(f"cannot make the interfaces {name} and {peer}", error) from error
+
+    async def remove_interface(self, name: str) -> bool:
+        """Its peer goes with it. Idempotent: False where there is none of this name."""
+        try:
+            await self._netlink.link("del", index=(await self.interface(name)).index)
+        except NotCapable:
+            return False
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return False
+            raise _failed(f"cannot remove the interface {name}", error) from error
+        return True
+
+    async def route_through(self, index: int, address: Address) -> None:
+        """A way to an address for sockets that are bound to the interface: any other one finds a better route."""
+        try:
+            await self._netlink.route(
+                "replace", dst=f"{address}/{address.max_prefixlen}", oif=index, priority=LAST_PRIORITY
+            )
+        except NetlinkError as error:
+            raise _failed(f"cannot add a route to {address}", error) from error
 
     async def takes_redirected(self, index: int) -> bool | None:
         """Whether frames that XDP redirects there are sent. None where this kernel does not tell."""

@@ -18,6 +18,7 @@ from xdplb.errors import NotCapable, NotPrivileged
 SIOCETHTOOL = 0x8946
 ETHTOOL_GFLAGS, ETHTOOL_SFLAGS = 0x25, 0x26
 ETHTOOL_GGRO, ETHTOOL_SGRO = 0x2B, 0x2C
+ETHTOOL_STXCSUM = 0x17
 ETH_FLAG_LRO = 1 << 15
 
 
@@ -35,6 +36,12 @@ def disable_receive_aggregation(ifname: str) -> frozenset[str]:
     if "lro" in changed:
         _ethtool(ifname, ETHTOOL_SFLAGS, (_ethtool(ifname, ETHTOOL_GFLAGS) or 0) & ~ETH_FLAG_LRO)
     return changed
+
+
+def suit_redirection(ifname: str) -> None:
+    """Has a veth take frames that XDP redirects to its peer (GRO), and send finished checksums, which XDP needs."""
+    _ethtool(ifname, ETHTOOL_SGRO, 1)
+    _ethtool(ifname, ETHTOOL_STXCSUM, 0)
 
 
 def restore_receive_aggregation(ifname: str, changed: Iterable[str]) -> None:

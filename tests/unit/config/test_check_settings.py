@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from configuring import mistakes, only, service
 
-from xdplb.model import Check, CheckType, DnsRecord, Rcode, Tls, TlsVersion
+from xdplb.model import Check, CheckType, CheckVia, DnsRecord, Rcode, Tls, TlsVersion
 
 READ = [
     ("udp", Check(CheckType.UDP)),
@@ -31,6 +31,7 @@ READ = [
     ("{type: exec, command: [/bin/true, -x, '1']}", Check(CheckType.EXEC, command=("/bin/true", "-x", "1"))),
     ("{type: agent, port: 9707, send: 'web\\n'}", Check(CheckType.AGENT, port=9707, send=b"web\\n")),
     ('{type: agent, port: 9707, send: "web\\n"}', Check(CheckType.AGENT, port=9707, send=b"web\n")),
+    ("{type: tcp, via: vip}", Check(CheckType.TCP, via=CheckVia.VIP)),
     ("{type: https, tls: {verify: true}}", Check(CheckType.HTTPS, tls=Tls(verify=True))),
     (
         "{type: https, tls: {sni: a.example, min_version: 1.0}}",
@@ -54,6 +55,8 @@ MISTAKES = [
     ("{type: http, send: x}", ".send: send belongs to udp and agent checks, not to an http check"),
     ("{type: udp, path: /}", ".path: path belongs to http and https checks, not to a udp check"),
     ("{type: udp, name: a.example}", ".name: name belongs to dns checks, not to a udp check"),
+    ("{type: tcp, via: bakend}", ".via: bakend is not a way, did you mean 'backend'?"),
+    ("{type: ping, via: vip}", ": a ping check cannot go via: vip; it speaks to no port of the service"),
     ("{type: ping, record: A}", ".record: record belongs to dns checks, not to a ping check"),
     ("{type: ping, port: 80}", ".port: a ping has no port"),
     ("{type: ping, expect: 200}", ".expect: expect belongs to http, https, udp and dns checks, not to a ping check"),
@@ -155,3 +158,14 @@ def test_mistakes_in_the_defaults_are_the_defaults() -> None:
 @pytest.mark.parametrize("check", ["ping", "{type: exec, command: [/bin/true]}"])
 def test_a_service_on_all_ports_may_have_a_check_that_needs_none(check: str) -> None:
     assert only(service(f"check: {check}", listen="203.0.113.10:0")).check.port is None
+
+
+def test_checks_through_the_service_are_of_its_port_and_family() -> None:
+    check = "check: {type: tcp, via: vip, port: 81}"
+    assert mistakes(service(f"forward: dsr\n{check}")) == [
+        "FILE:6: services[0].check: via: vip checks the service's own port; leave out port"
+    ]
+    assert only(service(f"forward: nat\n{check}")).check.port == 81
+    assert mistakes(service("forward: ipip\ncheck: {via: vip}", "[{address: 'fd00::1'}]")) == [
+        "FILE:6: services[0].check: via: vip needs backends of the service's own family, IPv4"
+    ]

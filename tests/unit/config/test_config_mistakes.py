@@ -20,7 +20,7 @@ SETTING_MISTAKES = [
         "check: {zzz: 1}",
         "services[0].check: unknown key 'zzz'; known: "
         "type, interval, fast_interval, timeout, rise, fall, port, "
-        "path, host, expect, tls, send, name, record, command",
+        "via, path, host, expect, tls, send, name, record, command",
     ),
     (
         "scheduler: rnd",

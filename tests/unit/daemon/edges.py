@@ -69,6 +69,7 @@ class Plane:
 
     program_fd = 7
     program_id = 77
+    probe_fd = 8
 
     def __init__(self, name: str, log: list[str], geometry: Geometry = GEOMETRY) -> None:
         self.name, self.log, self.geometry = name, log, geometry
@@ -168,6 +169,16 @@ class Kernel:
                 yield
 
         yield changes()
+
+    async def add_pair(self, name: str, peer: str) -> None:
+        self._do(f"add {name} and {peer}")
+
+    async def remove_interface(self, name: str) -> bool:
+        self._do(f"remove {name}")
+        return True
+
+    async def route_through(self, index: int, address: Address) -> None:
+        self._do(f"route {address} through {index}")
 
     async def takes_redirected(self, index: int) -> bool | None:
         return self.redirects

@@ -75,6 +75,9 @@ class House:
         self._do("addresses")
         self.addresses |= {service.listen.address for service in wanted.services}
 
+    async def lead_probes(self, wanted: Config, program: int) -> None:
+        pass
+
     async def release(self, wanted: Config) -> None:
         self.log.append("release")
         self.addresses &= {service.listen.address for service in wanted.services}
