@@ -1,4 +1,4 @@
-"""Strangers who send what they like in a client's name: its connections stay open (RFC 5961; what IPVS does as well)."""
+"""Strangers who send what they like in a client's name: its connections stay open (RFC 5961, section 4)."""
 
 from __future__ import annotations
 
