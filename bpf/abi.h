@@ -37,14 +37,6 @@ struct address_bucket {
 	struct address_entry entry[2];
 };
 
-struct directory {
-	__u32 half;
-	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
-	/* By half: a bit for each address that services listen on, or two may share one. A packet's source is looked up here.
-	 */
-	__u64 listening[2][LISTENING_WORDS];
-};
-
 /* (protocol << 16 | port) from `first` to `last`, both included, belongs to `target`: a service's or a backend's id. */
 struct interval {
 	__u32 first;

@@ -14,6 +14,14 @@ struct slot_block {
 	__u32 slot[16];
 };
 
+struct directory {
+	__u32 half;
+	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
+	/* By half: a bit for each address that services listen on, or two may share one. A packet's source is looked up here.
+	 */
+	__u64 listening[2][LISTENING_WORDS];
+};
+
 BPF_TABLE_PINNED("array", __u32, struct directory, directory, 1, PIN("directory"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct address_bucket, addresses, 2 * ADDRESS_BUCKETS, PIN("addresses"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct interval, intervals, 2 * INTERVALS, PIN("intervals"), BPF_F_MMAPABLE);
