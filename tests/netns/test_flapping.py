@@ -1,8 +1,8 @@
 """200 backends come and go at random, checked 1000 times a second: status, counters and the truth agree, on the way and
 at the end, and the daemon stays small and quick.
 
-FLAPPING_S says for how long, 10 s by default. How quick the daemon is, is a limit only where that is set: what else runs on
-the machine counts as well.
+FLAPPING_S says for how long, 10 s by default. Lag and CPU time have a limit only where it is set: what else runs on the
+machine counts in both.
 """
 
 from __future__ import annotations
