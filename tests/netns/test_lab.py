@@ -438,3 +438,13 @@ def command_lines() -> Iterator[bytes]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             yield path.read_bytes()
+
+
+def test_what_was_mounted_in_a_laboratory_goes_with_it(able: None) -> None:
+    """A test that is killed cannot unmount it."""
+    with Laboratory(backends=1) as lab:
+        for place, kind in ((lab.gateway.directory / "run", "tmpfs"), (lab.pins, "bpf"), (lab.pins, "bpf")):
+            place.mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", kind, kind, place], check=True)
+    assert lab.remains() == []
+    assert lab.prefix not in Path("/proc/self/mounts").read_text()

@@ -144,11 +144,21 @@ def dismantle(prefix: str) -> None:
     """Removes everything known by this prefix, as far as it can; its directory last, for that says whose it is."""
     namespaces = list(NAMESPACES.glob(f"{prefix}-*"))
     _kill_processes_in(namespaces)
+    for directory in (PINS / prefix, DIRECTORIES / prefix):
+        _unmount_all_in(directory)
     shutil.rmtree(PINS / prefix, ignore_errors=True)
     for namespace in namespaces:
         _delete_namespace(namespace)
     if not (PINS / prefix).exists():
         shutil.rmtree(DIRECTORIES / prefix, ignore_errors=True)
+
+
+def _unmount_all_in(directory: Path) -> None:
+    """What a test mounted there, as a disk that is full, would keep the directory from going."""
+    mounts = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for mount in reversed(mounts):
+        if mount.is_relative_to(directory):
+            _libc.umount2(os.fsencode(mount), _MNT_DETACH)
 
 
 def _delete_namespace(path: Path) -> None:
