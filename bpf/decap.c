@@ -138,11 +138,11 @@ static __always_inline bool checksum_right(__u64 sum, void *start, __u64 length,
 	__u64 *word, before, last;
 	__u32 words;
 
-	if (length < sizeof(*word) || length > max)
-		return false;
 	words = length / sizeof(*word);
 	before = length - sizeof(*word);
 	asm volatile("" : "+r"(before)); /* no packet pointer may have a negative fixed part */
+	if (before > max - sizeof(*word))
+		return false; /* also where `length` is less than a word */
 	word = start + before;
 	asm volatile("" : "+r"(word));
 	if ((void *)(word + 1) > end)
