@@ -301,7 +301,7 @@ def test_a_backend_that_changed_its_mac_without_a_word_is_found_by_its_check(lab
         try:
             await_until(lambda: not works(lab, version), "the old address leads nowhere")
             await_until(lambda: works(lab, version), "the new address is known")
-            assert time.monotonic() - begun < 2.0
+            assert time.monotonic() - begun < 10, "long before the kernel doubts its entry by itself"
             assert balancer.states("web") == {backend.name: "up"}
         finally:
             backend.shell(f"ip link set dev eth0 address {before}")
