@@ -74,7 +74,7 @@ class Balancer:
         if services:
             self.write(*services)
         process = self.begin(*options, env=env)
-        await_until(lambda: self.answers() or not process.running, "xdplb answers", timeout_s=30)
+        await_until(lambda: self.answers() or not process.running, "xdplb answers", timeout_s=60)
         assert process.running, process.log()
 
     def refuses_to_start(self, *options: str) -> tuple[int, str]:
