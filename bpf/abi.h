@@ -116,7 +116,7 @@ struct transition {
 	__u32 deadline;
 };
 
-/* One cache line of remembered flows; flow.h says what a word holds. A word of 0 is free. */
+/* One cache line of remembered flows; flow_cache.h says what a word holds. A word of 0 is free. */
 struct flow_set {
 	__u64 flow[8];
 };

@@ -29,21 +29,12 @@ static __always_inline bool explain_memory(const struct flow *flow, __u64 *word)
 	return !(flow->service->flags & SERVICE_STATELESS) && find_remembered(flow, *word, &id);
 }
 
-/* Would a SYN go where the flow is remembered? */
-static __always_inline bool is_in_use(const struct flow *flow, __u64 word)
-{
-	struct flow syn = *flow;
-
-	syn.opening = is_zero(by_client(flow->service));
-	syn.chooses = HAVE_CHOICE && flow->service->scheduler != SCHEDULER_HASH;
-	return syn.opening && flow->state != FLOW_DATAGRAM && holds(&syn, word);
-}
-
 /* What balance.h's decide() would decide on, and what else was to choose from. */
 static __always_inline struct backend *explain_decision(const struct flow *flow, struct trace *trace)
 {
 	__u32 index = slot_index(flow->service, flow->hash), slot = read_slot(index), id = 0;
 	bool recalled = explain_memory(flow, &trace->remembered);
+	struct flow syn = { .tick = flow->tick, .opening = true, .chooses = flow->service->scheduler != SCHEDULER_HASH };
 	struct backend *backend;
 
 	trace->slots = flow->service->slot_mask + 1;
@@ -55,7 +46,7 @@ static __always_inline struct backend *explain_decision(const struct flow *flow,
 		trace->scheduled = id;
 	if (find_former(flow, slot, index, &id))
 		trace->former = id;
-	trace->in_use = recalled && is_in_use(flow, trace->remembered);
+	trace->in_use = recalled && !by_client(flow->service) && flow->state != FLOW_DATAGRAM && holds(&syn, trace->remembered);
 	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(trace->remembered))))
 		trace->subject = SUBJECT_ORPHAN;
 	if (!recalled && HAVE_CHOICE && trace->scheduled && is_to_choose(flow))

@@ -41,6 +41,7 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 	id = decision.id;
 	flow = flow_of(p, service, service_id, hash);
 	wanted = snat_flow(&flow, &p->source, p->ports, p->version);
+	wanted.flow.state = flow_state(p); /* a mapping is one connection's, also where the flow rule remembers clients */
 	place = get_mapping(&wanted, &id);
 	backend = backends.lookup(&id);
 	if (place == NO_PLACE || !backend || !source_of(place, &source, &port))

@@ -179,7 +179,8 @@ static __always_inline bool source_of(__u32 place, struct address *address, __be
 
 /*
  * The place of the flow's mapping, the one that it has or a new one. `*backend` is the flow rule's. If the flow has a mapping,
- * that one's backend comes first, because it knows the connection, unless a new connection may begin (holds, flow.h).
+ * that one's backend comes first, because it knows the connection, unless a new connection begins. A SYN begins none while the
+ * mapping is in use.
  */
 static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *backend)
 {
@@ -199,7 +200,7 @@ static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *
 	old = *word;
 	known = FLOW_BACKEND(old);
 	entry = backends.lookup(&known);
-	if ((holds(flow, old) || FLOW_STATE(old) == FLOW_OPENING) && serves(flow, entry)) {
+	if ((!flow->unverified || is_in_use(old, flow->tick, TIMEOUT_OPENING + 1)) && serves(flow, entry)) {
 		*backend = known;
 		if (flow->unverified)
 			return place;

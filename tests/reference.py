@@ -43,8 +43,8 @@ def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int)
 
 
 def aged(words: Words, ticks: int) -> Words:
-    """Words of the flow cache (bpf/flow.h), as if they had been written so many ticks earlier: their 12 bits of time go
-    round, and what the clock says now does not matter.
+    """Words of the flow cache (bpf/flow_cache.h), as if they had been written so many ticks earlier: their 12 bits of
+    time go round, and what the clock says now does not matter.
     """
     time = words >> np.uint64(2) & np.uint64(0xFFF)
     earlier = time + np.uint64(-ticks % 4096) & np.uint64(0xFFF)

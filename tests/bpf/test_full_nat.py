@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -44,6 +44,7 @@ from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
 from xdplb.model import (
     Admin,
+    Affinity,
     Backend,
     BackendKey,
     Check,
@@ -132,7 +133,7 @@ def plane(world: World) -> Iterator[Dataplane]:
     config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
     wanted = requirements.geometry(config)
     geometry = replace(GEOMETRY, sources4=wanted.sources4, sources6=wanted.sources6)
-    plane = loader.open_dataplane(replace(FEATURES, full_nat=True), geometry, KEY, PIN_ROOT / "full-nat")
+    plane = loader.open_dataplane(replace(FEATURES, full_nat=True, affinity=True), geometry, KEY, PIN_ROOT / "full-nat")
     yield plane
     plane.close()
     plane.unpin()
@@ -269,6 +270,56 @@ def test_a_flow_stays_with_its_backend_while_that_drains(gateway: Gateway) -> No
         assert ends(gateway.run(frame(tcp("A")(flow)))[1]) == seen
     fresh = {gateway.open(client(4, number=number)).destination for number in range(1000, 1200)}
     assert fresh == {BACKENDS[4][1]}
+
+
+@pytest.mark.parametrize("affinity", [None, Affinity()], ids=["by flow", "by client"])
+class TestASynOnPortsInUse:
+    """Anybody can send one, in anybody's name."""
+
+    @pytest.fixture
+    def word(self, gateway: Gateway, version: int, affinity: Affinity | None) -> Iterator[Callable[[], np.uint64]]:
+        """Of the one mapping that there is, of a connection that is established."""
+        config = gateway.engine.config
+        services = tuple(replace(service, affinity=affinity) for service in config.services)
+        gateway.engine.adopt_config(replace(config, services=services))
+        gateway.engine.apply_all()
+        gateway.open(client(version))
+        gateway.run(frame(tcp("A")(client(version))))
+        (place,) = np.flatnonzero(gateway.plane.snat_words)
+        yield lambda: gateway.plane.snat_words[place]
+        assert np.flatnonzero(gateway.plane.snat_words).tolist() == [place]
+
+    def test_goes_to_its_backend_and_changes_nothing(
+        self, gateway: Gateway, version: int, word: Callable[[], np.uint64]
+    ) -> None:
+        before, seen = word(), ends(gateway.run(frame(tcp("A")(client(version))))[1])
+        name = next(f"b{n}" for n, address in enumerate(BACKENDS[version]) if address == seen.destination)
+        key = BackendKey(f"tcp{version}", name)
+        gateway.engine.update(key, replace(gateway.engine.statuses.get(key), admin=Admin.DRAIN))
+        gateway.engine.apply_service(key.service)
+        for flags in ("S", "SEC", "SU"):
+            assert ends(gateway.run(frame(tcp(flags)(client(version))))[1]) == seen
+        assert word() == before
+
+    @pytest.mark.parametrize("end", ["FA", "R"])
+    def test_begins_anew_where_the_connection_is_closing(
+        self, gateway: Gateway, version: int, word: Callable[[], np.uint64], end: str
+    ) -> None:
+        gateway.run(frame(tcp(end)(client(version))))
+        assert int(word()) & 3 == FlowState.CLOSING
+        gateway.open(client(version))
+        assert int(word()) & 3 == FlowState.OPENING
+        gateway.run(frame(tcp("A")(client(version))))
+        assert int(word()) & 3 == FlowState.ESTABLISHED
+
+    def test_begins_anew_where_it_was_silent_for_long(
+        self, gateway: Gateway, version: int, word: Callable[[], np.uint64]
+    ) -> None:
+        words = gateway.plane.snat_words
+        (place,) = np.flatnonzero(words)
+        words[place] = reference.aged(words[place], gateway.plane.features.times.reuse)
+        gateway.open(client(version))
+        assert int(word()) & 3 == FlowState.OPENING
 
 
 def test_a_removed_backend_leaves_no_place_behind(gateway: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""The flow cache and the slots in transition, as arrays: what bpf/flow.h keeps, read and steered in bulk. Pure.
+"""The flow cache and the slots in transition, as arrays: what bpf/flow_cache.h keeps, read and steered in bulk. Pure.
 
 A flow's word: fingerprint (32 bits), whether it is counted as active (1), backend's id (17), tick (12), state (2). The
 fingerprint's lowest bits are those of the flow's hash, and so its slot's number.
