@@ -41,18 +41,20 @@ static __always_inline struct address_entry *find_address(const struct address *
 	return NULL;
 }
 
-/*
- * Do services listen on the address? Asked of the source of nearly every packet, and the answer is no: a bit of the address's
- * hash says that, but for one in so many that the address table has to be asked.
- */
+/* The bit that stands for an address in the set of those that services listen on. The upper bits depend on all of it. */
+static __always_inline __u32 listening_bit(const struct address *address)
+{
+	return ((address->hi ^ address->lo) * HASH_FACTOR >> 32) * (64 * LISTENING_WORDS) >> 32;
+}
+
+/* Do services listen on the address? Asked of the source of nearly every packet, and the answer is no: a bit says that. */
 static __always_inline bool is_listening(const struct address *address)
 {
-	__u32 zero = 0;
+	__u32 zero = 0, bit = listening_bit(address);
 	struct directory *current = directory.lookup(&zero);
-	__u64 hash = hash_address(address);
 	struct address_entry *entry;
 
-	if (!current || !(current->listening[!!current->half][hash >> 6 & (LISTENING_WORDS - 1)] >> (hash & 63) & 1))
+	if (!current || !(current->listening[!!current->half][bit / 64] >> bit % 64 & 1))
 		return false;
 	entry = find_address(address);
 	return entry && entry->services.count;

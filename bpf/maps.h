@@ -16,10 +16,8 @@ struct slot_block {
 
 struct directory {
 	__u32 half;
-	__u32 alive_until; /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
-	/* By half: a bit for each address that services listen on, or two may share one. A packet's source is looked up here.
-	 */
-	__u64 listening[2][LISTENING_WORDS];
+	__u32 alive_until;                   /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
+	__u64 listening[2][LISTENING_WORDS]; /* by half: bits of the addresses that services listen on (lookup.h) */
 };
 
 BPF_TABLE_PINNED("array", __u32, struct directory, directory, 1, PIN("directory"), BPF_F_MMAPABLE);

@@ -22,14 +22,6 @@ static __always_inline struct probe_way *find_probe_way(__be16 port, const struc
 	return way && same_address(&way->service.address, service) ? way : NULL;
 }
 
-/* May it be the answer to a check? It says that it comes from a service. */
-static __always_inline bool is_from_service(const struct packet *p)
-{
-	struct address_entry *from = find_address(&p->source);
-
-	return from && from->services.count;
-}
-
 static __always_inline int probe(struct packet *p)
 {
 	struct probe_way *way = find_probe_way(source_port(p), &p->destination);

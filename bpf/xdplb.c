@@ -26,6 +26,7 @@
 #include "parse.h"
 #include "lookup.h"
 #include "slots.h"
+#include "flow_cache.h"
 #include "flow.h"
 #include "schedule.h"
 #include "sweep.h"
@@ -118,8 +119,8 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 
 	to = find_address(&p->destination);
 	if (!to || !to->services.count) {
-		if (HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_from_service(p))
-			return continue_at(ctx, STAGE_PROBE_REPLY);
+		if (HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(&p->source))
+			return continue_at(ctx, STAGE_PROBE_REPLY); /* to a check through a service? */
 		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
 		if (is_icmp(p))

@@ -227,11 +227,11 @@ def _place(words: Words, buckets: int, key: HashKey) -> _Place:
 
 
 def _bits(words: Words, key: HashKey) -> Words:
-    """is_listening() of bpf/lookup.h."""
-    hashes = _hash_addresses(words, key)
+    """A bit for each, by listening_bit() of bpf/lookup.h."""
+    places = (words[:, 0] ^ words[:, 1]) * np.uint64(key.factor) >> np.uint64(32)
+    places = places * np.uint64(64 * abi.LISTENING_WORDS) >> np.uint64(32)
     bits = np.zeros(abi.LISTENING_WORDS, np.uint64)
-    bit = np.uint64(1) << (hashes & np.uint64(63))
-    np.bitwise_or.at(bits, (hashes >> np.uint64(6) & np.uint64(abi.LISTENING_WORDS - 1)).astype(np.intp), bit)
+    np.bitwise_or.at(bits, (places // 64).astype(np.intp), np.uint64(1) << places % np.uint64(64))
     return bits
 
 
