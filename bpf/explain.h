@@ -101,6 +101,10 @@ static __always_inline int explain_balance(struct packet *p, __u32 service_id, s
 		return XDP_PASS;
 	trace->service = service_id;
 	trace->service_flags = service->flags;
+	if (is_martian(p)) {
+		trace->subject = SUBJECT_MARTIAN;
+		return XDP_DROP;
+	}
 	flow = flow_of(p, service, service_id, hash_flow(service, &p->source, p->ports));
 	backend = explain_decision(&flow, trace);
 	if (!backend)

@@ -131,6 +131,8 @@ class Subject(enum.IntEnum):
     """Of a connection whose backend was removed, to a service that resets those."""
     MAPPED = 6
     """Of a flow that has a SNAT mapping, to a service that forwards by full-nat."""
+    MARTIAN = 7
+    """To a service, from an address that no router forwards from, or that is a service's own."""
 
 
 @dataclass(frozen=True, slots=True)

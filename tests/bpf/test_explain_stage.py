@@ -170,6 +170,19 @@ def test_where_no_backend_is_up_the_answer_is_told_and_not_given(
     assert told(world, flow, trace)["why"] == f"no backend is up (a is down): {how}"
 
 
+@pytest.mark.parametrize("source", ["127.0.0.1", "224.0.0.1", NAT[4].vip, "::1", "fe80::1", NAT[6].vip])
+def test_a_source_that_no_client_has_is_told(world: World, unchanged: None, source: str) -> None:
+    vip = NAT[ip_address(source).version].vip
+    trace = ask(world, flow := a_flow(source, vip, 80))
+    assert (trace.reason, trace.verdict, trace.after) == (Reason.MARTIAN, "drop", trace.before)
+    answer = told(world, flow, trace)
+    assert (answer["why"], answer["slot"], answer["backend"]) == (
+        f"dropped: no client of a service has the address {source}",
+        None,
+        None,
+    )
+
+
 def test_where_nothing_is_answered_it_is_dropped(world: World, unchanged: None) -> None:
     flow = a_flow(CLIENT[4], "203.0.113.9", 80)
     trace = ask(world, flow)

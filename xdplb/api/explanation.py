@@ -14,9 +14,8 @@ from xdplb.dataplane.frames import Endpoint, Flow
 from xdplb.dataplane.trace import Reason, Trace
 from xdplb.errors import UsageError, XdplbError
 from xdplb.model import Admin, BackendKey, Config, Forward, HealthState, Protocol, Service
+from xdplb.wording import listed
 
-_LISTED = 8
-"""So many services or backends are named in a sentence; the others are counted."""
 _EXAMPLE = "such as: xdplb explain 198.51.100.7:40000 203.0.113.10:80/tcp; IPv6 as [2001:db8::7]:40000"
 
 
@@ -121,7 +120,7 @@ class _Story:
 
     @property
     def _to_service(self) -> Service | None:
-        return self.service if self._trace.subject is not Subject.REPLY else None
+        return self.service if self._trace.subject not in (Subject.REPLY, Subject.MARTIAN) else None
 
     def way(self) -> FlowWay:
         """Slot and flow cache, where the packet is for a service."""
@@ -218,6 +217,8 @@ class _Story:
     def _why_no_service(self) -> str:
         if self._trace.subject is Subject.REPLY:
             return self._reply()
+        if self._trace.subject is Subject.MARTIAN:
+            return f"dropped: no client of a service has the address {self._flow.source.address}"
         if self._trace.subject is Subject.OTHER_PORT:
             return f"no service listens there (that address has {self._services_there()}): the kernel gets it"
         return f"no service has the address {self._flow.destination.address}: the kernel gets it"
@@ -274,12 +275,12 @@ class _Story:
             what = "answered with a reset"
         else:
             what = "answered with ICMP port unreachable"
-        return f"no backend is up ({_listed(states) or 'the service has none'}): {what}"
+        return f"no backend is up ({listed(states) or 'the service has none'}): {what}"
 
     def _services_there(self) -> str:
         there = [s for s in self._known.config.services if s.listen.address == self._flow.destination.address]
         there.sort(key=lambda service: (service.listen.first_port, service.listen.protocol))
-        words = _listed([f"{str(s.listen).rpartition(':')[2]} ({s.name})" for s in there])
+        words = listed([f"{str(s.listen).rpartition(':')[2]} ({s.name})" for s in there])
         return f"services on ports {words}" if len(there) > 1 else f"a service on port {words}"
 
     def _reply(self) -> str:
@@ -323,8 +324,3 @@ def span(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{int(seconds // length)}{unit}"
     return f"{round(seconds)}s"
-
-
-def _listed(words: list[str]) -> str:
-    more = len(words) - _LISTED
-    return ", ".join(words[:_LISTED]) + (f" and {more} more" if more > 0 else "")

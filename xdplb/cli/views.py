@@ -15,6 +15,7 @@ from rich.text import Text
 
 from xdplb.api.messages import BackendStatus, Diff, ServiceStatus, Stats, Status
 from xdplb.cli.tables import ALARM, FINE, QUIET, WARNING, Column, add_row, new_table, quantity
+from xdplb.wording import listed
 
 _REASONS = {
     "INI": "no check has ended yet",
@@ -213,16 +214,11 @@ def _on_removed(answer: Diff, done: bool) -> list[Text]:
         ALARM if flows else "",
     )
     uncounted = answer.get("uncounted", [])
-    return [counted, *([Text(_named(uncounted, done), ALARM)] if uncounted else [])]
+    return [counted, *([Text(_uncounted(uncounted, done), ALARM)] if uncounted else [])]
 
 
-_NAMED = 8
-
-
-def _named(what: list[str], done: bool) -> str:
-    more = len(what) - _NAMED
-    names = ", ".join(what[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return f"{names}: flows that are not remembered {'broke' if done else 'break'}, how many is not known"
+def _uncounted(what: list[str], done: bool) -> str:
+    return f"{listed(what)}: flows that are not remembered {'broke' if done else 'break'}, how many is not known"
 
 
 def _broken(answer: Diff, done: bool) -> list[Text]:

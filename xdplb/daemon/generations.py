@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from xdplb.abi import Features, Geometry
@@ -25,16 +23,11 @@ from xdplb.dataplane.loader import Dataplane, ensure_bpffs, open_dataplane, remo
 from xdplb.dataplane.manifest import Manifest
 from xdplb.model import Config
 from xdplb.paths import Instance
+from xdplb.wording import listed
 
 log = logging.getLogger(__name__)
 
 _GROWTHS = 3
-_NAMED = 8
-
-
-def _named(names: Collection[str]) -> str:
-    more = f" and {len(names) - _NAMED} more services" if len(names) > _NAMED else ""
-    return ", ".join(islice(names, _NAMED)) + more
 
 
 class Generations:
@@ -65,7 +58,7 @@ class Generations:
         if notes is not None and notes.services and notes.key not in ("", self._key.name):
             log.warning(
                 "hash_key is another one than before: flows of %s break where it sends them to other backends",
-                _named(notes.services),
+                listed(notes.services, "services"),
             )
         self._left_behind = Counted.of(notes) if notes is not None else None
         geometry = requirements.geometry(config)

@@ -35,6 +35,8 @@ class Reason(enum.StrEnum):
     REPLY = "reply"
     MAPPED = "leased"
     """It has a SNAT mapping, and its backend knows it by that. The JSON keeps the older word."""
+    MARTIAN = "martian_source"
+    """From an address that no packet to a service may come from."""
     SETTLED = "settled"
     REMEMBERED = "remembered"
     TO_CHOOSE = "to_choose"
@@ -58,6 +60,7 @@ _OTHERS = {
     Subject.TO_CHOOSE: Reason.TO_CHOOSE,
     Subject.ORPHAN: Reason.ORPHAN,
     Subject.MAPPED: Reason.MAPPED,
+    Subject.MARTIAN: Reason.MARTIAN,
 }
 
 
