@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MAX_ADDRESSES = 8192
 LOOK_AGAIN_S = 1.0
 """A network that becomes local without an address of its own is seen after so long at the latest."""
+PAUSE_S = 0.1
+"""Events come in bursts: one look is for all of them."""
 
 
 def run(interface: str, port: int, mode: str, gateways: Sequence[str] = ()) -> None:
@@ -150,6 +152,7 @@ class _Own:
                     if (await asyncio.wait([change], timeout=LOOK_AGAIN_S))[0]:
                         change = asyncio.ensure_future(anext(changes))
                     await self.look()
+                    await asyncio.sleep(PAUSE_S)
             finally:
                 change.cancel()
 

@@ -39,7 +39,7 @@ NTF_USE = 0x01
 RTPROT_KERNEL = 2
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_TABLE_LOCAL = 255
-SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NETLINK_GET_STRICT_CHK = 270, 1, 12
 # no route at all, or one that says unreachable, prohibit, blackhole, throw; the interface gone or down
 NO_ROUTE = {
     *(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN),
@@ -48,7 +48,6 @@ NO_ROUTE = {
 BUFFER_BYTES = 1 << 18
 EVENT_BYTES = 1 << 15
 SO_RCVBUFFORCE = 33
-SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
 BATCH = 64
 """Questions under way at once: their answers must fit into the receive buffer."""
 ATTEMPTS = 10
@@ -95,9 +94,7 @@ def local_networks() -> set[Network]:
 def link_named(name: str) -> Link | None:
     """By its name or an alternative one."""
     text = name.encode()
-    attribute = IFLA_IFNAME if len(text) < IFNAMSIZ else IFLA_ALT_IFNAME
-    body = bytes(_LINK.size) + struct.pack("=HH", 5 + len(text), attribute) + text
-    body = body.ljust((len(body) + 4) & ~3, b"\0")
+    body = bytes(_LINK.size) + attribute(IFLA_IFNAME if len(text) < IFNAMSIZ else IFLA_ALT_IFNAME, text + b"\0")
     with _socket() as requests:
         requests.settimeout(5)
         requests.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST, 1, 0) + body)
@@ -133,7 +130,7 @@ def _asked(items: Iterable[_T], request: Callable[[int, _T], bytes]) -> Iterator
 
 def _route_request(number: int, address: Address) -> bytes:
     packed = address.packed
-    body = _ROUTE.pack(_family(address), 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(RTA_DST, packed)
+    body = _ROUTE.pack(_family(address), 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, packed)
     return _HEADER.pack(_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, number, 0) + body
 
 
@@ -141,7 +138,7 @@ def _family(address: Address) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), kind) + value.ljust((len(value) + 3) & ~3, b"\0")
 
 
@@ -215,8 +212,8 @@ def _neighbour_request(number: int, key: NeighbourKey, kind: int, attributes: di
     creates = kind == RTM_NEWNEIGH
     flags = NLM_F_REQUEST | NLM_F_ACK | (NLM_F_CREATE | NLM_F_REPLACE if creates else 0)
     body = _NEIGHBOUR.pack(_family(key.address), 0, 0, key.ifindex, 0, NTF_USE if creates else 0, 0)
-    body += _attribute(NDA_DST, key.address.packed)
-    body += b"".join(_attribute(name, value) for name, value in attributes.items())
+    body += attribute(NDA_DST, key.address.packed)
+    body += b"".join(attribute(name, value) for name, value in attributes.items())
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0) + body
 
 

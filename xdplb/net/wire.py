@@ -13,11 +13,10 @@ import struct
 import time
 from functools import lru_cache
 
-from xdplb.net.bulk import attributes, messages
+from xdplb.net.bulk import NLM_F_REQUEST, NLMSG_ERROR, attribute, attributes, messages
 from xdplb.net.next_hops import Interface
 
 NETLINK_GENERIC, GENL_ID_CTRL = 16, 0x10
-NLM_F_REQUEST, NLMSG_ERROR = 0x01, 2
 CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 3, 1, 2
 NETDEV_CMD_DEV_GET, NETDEV_A_DEV_IFINDEX, NETDEV_A_DEV_XDP_FEATURES = 1, 1, 3
 NETDEV_XDP_ACT_NDO_XMIT = 1 << 2
@@ -38,7 +37,7 @@ def takes_redirected(index: int) -> bool | None:
     family = _family()
     if family is None:
         return None
-    request = _attribute(NETDEV_A_DEV_IFINDEX, struct.pack("=I", index))
+    request = attribute(NETDEV_A_DEV_IFINDEX, struct.pack("=I", index))
     answer = _ask(family, NETDEV_CMD_DEV_GET, request)
     features = answer.get(NETDEV_A_DEV_XDP_FEATURES) if answer else None
     return None if features is None else bool(struct.unpack("=Q", features)[0] & NETDEV_XDP_ACT_NDO_XMIT)
@@ -46,7 +45,7 @@ def takes_redirected(index: int) -> bool | None:
 
 @lru_cache(1)
 def _family() -> int | None:
-    answer = _ask(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _attribute(CTRL_ATTR_FAMILY_NAME, b"netdev\0"))
+    answer = _ask(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, attribute(CTRL_ATTR_FAMILY_NAME, b"netdev\0"))
     return struct.unpack("=H", answer[CTRL_ATTR_FAMILY_ID])[0] if answer else None
 
 
@@ -58,10 +57,6 @@ def _ask(family: int, command: int, body: bytes) -> dict[int, memoryview] | None
         requests.send(_NETLINK.pack(_NETLINK.size + len(body), family, NLM_F_REQUEST, 1, 0) + body)
         answer = next(messages(memoryview(requests.recv(1 << 16))))
     return None if answer.kind == NLMSG_ERROR else dict(attributes(answer.body, _GENERIC.size))
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return (struct.pack("=HH", 4 + len(value), kind) + value).ljust((len(value) + 7) & ~3, b"\0")
 
 
 def checksums(interface: Interface) -> dict[bytes, bool]:
