@@ -13,6 +13,7 @@ from typing import Protocol, cast
 from xdplb.api import explanation
 from xdplb.api.messages import JSON
 from xdplb.api.server import Handler, Request
+from xdplb.api.turns import Turns
 from xdplb.config import read as configuration
 from xdplb.config.differences import changes
 from xdplb.core.forecast import forecast
@@ -79,7 +80,7 @@ class Handlers:
             raise UsageError(f"there is no service '{wanted}'", f"there are: {', '.join(self._names())}")
         daemon = self._daemon
         return {
-            "services": [] if daemon.starting else [self._service(service) for service in services],
+            "services": [] if daemon.starting else await self._services([service.name for service in services]),
             "alarms": [
                 {"name": alarm.name, "since": _timestamp(alarm.since), "text": alarm.text, "fix": alarm.fix}
                 for alarm in daemon.alarms
@@ -88,8 +89,18 @@ class Handlers:
             "loop_lag_ms": round(1000 * daemon.loop_lag.longest_s, 1),
         }
 
-    def _service(self, service: Service) -> JSON:
-        remembered = flow_upkeep.remembered(self._daemon.engine)
+    async def _services(self, names: Sequence[str]) -> list[JSON]:
+        """Those that a reload takes away meanwhile are left out."""
+        remembered = await asyncio.to_thread(flow_upkeep.remembered, self._daemon.engine)
+        turns, found = Turns(), list[JSON]()
+        for name in names:
+            service = self._daemon.engine.services.get(name)
+            if service is not None:
+                found.append(self._service(service, remembered))
+            await turns.over()
+        return found
+
+    def _service(self, service: Service, remembered: Mapping[BackendKey, int]) -> JSON:
         desired = self._daemon.engine.desired(service)
         backends: list[JSON] = []
         for backend, wanted in zip(service.backends, desired.backends, strict=True):

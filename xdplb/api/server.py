@@ -25,6 +25,7 @@ from typing import Self, TypeAlias
 from xdplb import __version__
 from xdplb.api import refusals
 from xdplb.api.messages import GROUP, JSON
+from xdplb.api.turns import Turns
 from xdplb.errors import UsageError, XdplbError
 from xdplb.paths import make_directory
 
@@ -106,13 +107,39 @@ class ControlServer:
                 raise UsageError(
                     f"the daemon has no command {command!r}", f"It is xdplb {__version__} and knows: {known}."
                 )
-            result = await handler(request)
-            return json.dumps({"ok": True, "result": result}).encode()
+            return await _encoded({"ok": True, "result": await handler(request)})
         except XdplbError as error:
             return _refusal(error)
         except Exception:
             log.exception("a bug in the handler of %r", line[:200])
             return _refusal(XdplbError("internal error of the daemon", "Its log has the traceback. This is a bug."))
+
+
+async def _encoded(answer: JSON) -> bytes:
+    """Piece by piece: the encoder of Python lets nothing else run before it is done."""
+    turns, pieces = Turns(), list[str]()
+    for piece in _pieces(answer, levels=3):
+        pieces.append(piece)
+        await turns.over()
+    return "".join(pieces).encode()
+
+
+def _pieces(value: JSON, levels: int) -> Iterator[str]:
+    """JSON; to so many levels, each entry apart."""
+    if levels and isinstance(value, dict):
+        yield "{"
+        for number, (name, item) in enumerate(value.items()):
+            yield f"{', ' if number else ''}{json.dumps(name)}: "
+            yield from _pieces(item, levels - 1)
+        yield "}"
+    elif levels and isinstance(value, list):
+        yield "["
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(item, levels - 1)
+        yield "]"
+    else:
+        yield json.dumps(value)
 
 
 def _parse_request(line: bytes) -> Request:

@@ -22,7 +22,7 @@ from nobody import AS_NOBODY
 import xdplb
 from xdplb.api import server
 from xdplb.api.client import call
-from xdplb.api.messages import GROUP
+from xdplb.api.messages import GROUP, JSON
 from xdplb.api.server import MAX_REQUEST_BYTES, ControlServer, Request
 from xdplb.errors import (
     CompileError,
@@ -88,6 +88,33 @@ def test_an_answer_of_many_megabytes_arrives_whole(instance: Instance) -> None:
     with serving(instance.control, {"echo": echo}):
         text = "x" * (5 << 20)
         assert call(instance, "echo", text=text) == {"command": "echo", "text": text}
+
+
+SHAPES: list[JSON] = [None, [], {}, {"services": []}, {"a": {"b": [1, {"c": [None]}]}, "d": "é"}, [[1], [{}, "x"]], 1.5]
+
+
+@pytest.mark.parametrize("result", SHAPES)
+def test_an_answer_of_any_shape_arrives_as_it_was(instance: Instance, result: JSON) -> None:
+    async def answer(request: Request) -> JSON:
+        return result
+
+    with serving(instance.control, {"answer": answer}):
+        assert call(instance, "answer") == result
+
+
+def test_a_long_answer_lets_others_have_the_loop() -> None:
+    services: list[JSON] = [{"name": f"s{n}", "backends": ["x" * 99] * 99} for n in range(3000)]
+    long: JSON = {"ok": True, "result": {"services": services}}
+
+    async def turns_meanwhile() -> int:
+        turns, encoding = 0, asyncio.create_task(server._encoded(long))
+        while not encoding.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert json.loads(await encoding) == long
+        return turns
+
+    assert asyncio.run(turns_meanwhile()) >= 4
 
 
 def test_only_root_and_the_group_may_use_the_socket_whatever_the_umask(instance: Instance) -> None:
