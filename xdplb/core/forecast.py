@@ -143,6 +143,8 @@ def _told_apart_by(service: Service) -> object:
 
 
 def _slots_moved_percent(old: Service, new: Service, statuses: Mapping[str, BackendStatus], applied: Applied) -> float:
+    if old == new:
+        return 0.0
     before, endpoints = _endpoints(old), _endpoints(new)
     staying = {backend.name: backend for backend in old.backends if before[backend.name] == endpoints.get(backend.name)}
     expected = {b.name: _expected(b, staying.get(b.name), statuses) for b in new.backends}

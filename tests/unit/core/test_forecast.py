@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address
+from typing import Any
 
 import pytest
 from planning import DOWN, UP, Machine, World, healthy, service
 
+from xdplb.core import desired
+from xdplb.core import forecast as forecasts
+from xdplb.core.desired import DesiredService
 from xdplb.core.forecast import Forecast, ServiceForecast, forecast
 from xdplb.core.status import BackendStatus
 from xdplb.model import Admin, Affinity, Backend, BackendKey, Config, FlowMemory, Forward, Protocol, Scheduler, Service
@@ -48,6 +52,19 @@ def test_nothing_comes_of_nothing() -> None:
     still = ServiceForecast(0.0, 0, 0)
     assert told(healthy(WEB, DNS), WEB, DNS) == Forecast({"web1": still, "dns2": still}, 0, 0)
     assert told(healthy(WEB), WEB, DNS) == Forecast({"web1": still}, 0, 0)
+
+
+def test_a_service_that_stays_as_it_is_costs_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be a thousand, and each table takes milliseconds."""
+    asked: list[str] = []
+
+    def desire(service: Service, *args: Any) -> DesiredService:
+        asked.append(service.name)
+        return desired.desire(service, *args)
+
+    monkeypatch.setattr(forecasts, "desire", desire)
+    told(healthy(WEB, DNS), WEB, with_first(DNS, weight=7))
+    assert asked == [DNS.name]
 
 
 def test_flows_of_a_backend_that_goes() -> None:
