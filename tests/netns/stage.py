@@ -15,12 +15,23 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import pytest
 import yaml
 
 from xdplb.errors import XdplbError
 from xdplb.lab.hosts import Host
-from xdplb.lab.laboratory import VIP4, VIP6, HttpLoad, HttpResult, Laboratory, Process, await_until
-from xdplb.model import Address
+from xdplb.lab.laboratory import (
+    VIP4,
+    VIP6,
+    HttpLoad,
+    HttpResult,
+    Laboratory,
+    Process,
+    Shape,
+    WebServer,
+    await_until,
+)
+from xdplb.model import Address, Forward
 
 FAST_CHECK = {"type": "http", "path": "/healthz", "interval": "300ms", "fast_interval": "100ms", "timeout": "500ms"}
 NO_CHECK = {"type": "none"}
@@ -44,6 +55,20 @@ def backends_of(lab: Laboratory, version: int = 4) -> list[dict[str, Any]]:
 
 def service(name: str, listen: str, backends: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
     return {**SERVICE_DEFAULTS, "name": name, "listen": listen, "backends": list(backends), **more}
+
+
+def web_laboratory(shape: Shape, **options: Any) -> Any:
+    """The fixture `lab` of a module: a web server on each backend, and what nat needs."""
+
+    @pytest.fixture(scope="module", name="lab")
+    def make(able: None, bpf_able: None) -> Iterator[Laboratory]:
+        with Laboratory(shape, **options) as lab:
+            lab.prepare(Forward.NAT)
+            for host in lab.backends:
+                WebServer(host).start()
+            yield lab
+
+    return make
 
 
 class Balancer:
@@ -74,7 +99,7 @@ class Balancer:
         if services:
             self.write(*services)
         process = self.begin(*options, env=env)
-        await_until(lambda: self.answers() or not process.running, "xdplb answers", timeout_s=60)
+        await_until(lambda: self.answers() or not process.running, "xdplb answers", timeout_s=30)
         assert process.running, process.log()
 
     def refuses_to_start(self, *options: str) -> tuple[int, str]:

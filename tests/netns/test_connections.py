@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from crowd import Crowd
-from stage import NO_CHECK, VIP, at, backends_of, balancing, fetch, service
+from stage import NO_CHECK, VIP, at, backends_of, balancing, fetch, service, web_laboratory
 
 from xdplb.errors import XdplbError
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape
 
 CONNECTIONS = 240
 ON_EACH = 3
 """A backend must have at least so many of them: 5 backends, 48 on average."""
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.ONE_ARMED, backends=6) as laboratory:
-        laboratory.prepare(Forward.NAT)
-        for host in laboratory.backends:
-            WebServer(host).start()
-        yield laboratory
+lab = web_laboratory(Shape.ONE_ARMED, backends=6)
 
 
 @pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])

@@ -8,21 +8,24 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from stage import NO_CHECK, VIP, Balancer, at, backends_of, balancing, kept_connection, service
+from stage import (
+    NO_CHECK,
+    VIP,
+    Balancer,
+    at,
+    backends_of,
+    balancing,
+    kept_connection,
+    service,
+    web_laboratory,
+)
 
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape
 
 CONNECTIONS = 30
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.TWO_ARMED) as laboratory:
-        laboratory.prepare(Forward.NAT)
-        for host in laboratory.backends:
-            WebServer(host).start()
-        yield laboratory
+lab = web_laboratory(Shape.TWO_ARMED)
 
 
 def told(balancer: Balancer, source: str, destination: str) -> Any:

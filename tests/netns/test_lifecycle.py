@@ -184,12 +184,13 @@ def test_a_signal_while_it_starts_leaves_no_trace(lab: Laboratory, balancer: Bal
         assert traces(lab) == before
 
 
+@pytest.mark.alone
 def test_down_ends_a_daemon_that_is_still_starting(lab: Laboratory, balancer: Balancer) -> None:
     balancer.write(web(lab))
     process = balancer.begin()
     process.wait_until(lambda: "unknown -> up" in process.log(), "it checks backends")
     balancer.down()
-    assert process.wait() in (0, -signal.SIGKILL), "killed, if it was in the middle of compiling for too long"
+    assert process.wait() == 0
 
 
 def test_down_after_a_kill_and_twice(lab: Laboratory, balancer: Balancer) -> None:
@@ -317,6 +318,7 @@ def test_a_second_arm_comes_and_goes(two_arms: Laboratory, two_armed_balancer: B
     manifest.write_text(only_it_knew_what_to_undo)
 
 
+@pytest.mark.alone
 def test_kill_in_the_middle_of_a_reload(lab: Laboratory, balancer: Balancer) -> None:
     balancer.up(web(lab, check=NO_CHECK))
     unreachable = [{"name": f"b{n}", "address": f"198.51.{n // 200}.{n % 200}"} for n in range(597)]

@@ -11,21 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stage import NO_CHECK, VIP, Balancer, at, backends_of, fetch_many, service, traces
+from stage import NO_CHECK, VIP, Balancer, at, backends_of, fetch_many, service, traces, web_laboratory
 
 from xdplb.errors import XdplbError
 from xdplb.lab.hosts import await_until
 from xdplb.lab.laboratory import Laboratory, Shape, WebServer
 from xdplb.model import Forward
 
-
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.TWO_ARMED, backends=2) as laboratory:
-        laboratory.prepare(Forward.NAT)
-        for host in laboratory.backends:
-            WebServer(host).start()
-        yield laboratory
+lab = web_laboratory(Shape.TWO_ARMED, backends=2)
 
 
 @pytest.fixture

@@ -11,22 +11,15 @@ from typing import Any
 
 import pytest
 from crowd import Crowd
-from stage import NO_CHECK, VIP, Balancer, at, attach_foreign_program, backends_of, service
+from stage import NO_CHECK, VIP, Balancer, at, attach_foreign_program, backends_of, service, web_laboratory
 
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer, await_until
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape, await_until
 
 CONNECTIONS = 60
 NEW_BPFFS = "umount --lazy /sys/fs/bpf; mount -t bpf bpf /sys/fs/bpf"
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.ONE_ARMED) as lab:
-        lab.prepare(Forward.NAT)
-        for host in lab.backends:
-            WebServer(host).start()
-        yield lab
+lab = web_laboratory(Shape.ONE_ARMED)
 
 
 @pytest.fixture

@@ -10,20 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from stage import NO_CHECK, VIP, Balancer, at, backends_of, fetch_many, service, traces
+from stage import NO_CHECK, VIP, Balancer, at, backends_of, fetch_many, service, traces, web_laboratory
 
 from xdplb.lab.hosts import await_until
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape
 
-
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.ONE_ARMED, backends=2) as made:
-        made.prepare(Forward.NAT)
-        for host in made.backends:
-            WebServer(host).start()
-        yield made
+lab = web_laboratory(Shape.ONE_ARMED, backends=2)
 
 
 @pytest.fixture

@@ -19,21 +19,15 @@ from stage import (
     service,
     start_decapsulation,
     traces,
+    web_laboratory,
 )
 
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape
 
 GENERIC, NATIVE = 2, 1
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.TWO_ARMED) as laboratory:
-        laboratory.prepare(Forward.NAT)
-        for host in laboratory.backends:
-            WebServer(host).start()
-        yield laboratory
+lab = web_laboratory(Shape.TWO_ARMED)
 
 
 @pytest.fixture

@@ -5,29 +5,22 @@ from __future__ import annotations
 import random
 import socket
 import struct
-from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from crowd import Crowd
-from stage import NO_CHECK, VIP, at, backends_of, balancing, service
+from stage import NO_CHECK, VIP, at, backends_of, balancing, service, web_laboratory
 
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward, Scheduler
+from xdplb.lab.laboratory import Laboratory, Shape
+from xdplb.model import Scheduler
 
 SYNS = {"plain": 0x02, "offering ECN": 0xC2, "urgent": 0x22}
 """TCP flags; the last one means nothing in a SYN."""
 CONNECTIONS = 40
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.ONE_ARMED) as laboratory:
-        laboratory.prepare(Forward.NAT)
-        for host in laboratory.backends:
-            WebServer(host).start()
-        yield laboratory
+lab = web_laboratory(Shape.ONE_ARMED)
 
 
 def segment(source: IPv4Address | IPv6Address, port: int, to: IPv4Address | IPv6Address, flags: int) -> bytes:

@@ -11,23 +11,16 @@ from typing import Any
 
 import pytest
 from crowd import Crowd
-from stage import NO_CHECK, VIP, Balancer, at, backends_of, service
+from stage import NO_CHECK, VIP, Balancer, at, backends_of, service, web_laboratory
 
 from xdplb.daemon.handover import FORMER_NAMES
-from xdplb.lab.laboratory import Laboratory, Shape, WebServer
-from xdplb.model import Forward
+from xdplb.lab.laboratory import Laboratory, Shape
 
 CONNECTIONS = 80
 SCHEDULERS = ("maglev", "rr", "lc")
 
 
-@pytest.fixture(scope="module")
-def lab(able: None, bpf_able: None) -> Iterator[Laboratory]:
-    with Laboratory(Shape.ONE_ARMED) as lab:
-        lab.prepare(Forward.NAT)
-        for host in lab.backends:
-            WebServer(host).start()
-        yield lab
+lab = web_laboratory(Shape.ONE_ARMED)
 
 
 @pytest.fixture
