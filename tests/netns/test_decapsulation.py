@@ -58,7 +58,7 @@ def test_what_becomes_local_is_taken_out_of_tunnels_and_nothing_else(lab: Labora
     command, env = decapsulation_command(lab, host)
     process = host.popen(command, env=env)
     process.wait_for_line("decapsulating", timeout_s=30)
-    assert "taken from anybody; name the gateways: --from PREFIX" in process.log()
+    process.wait_for_line("taken from anybody; name the gateways: --from PREFIX")
     assert not arrives(lab, host, ADDRESS, 0.1)
     host.shell(f"ip address add {ADDRESS}/32 dev lo")
     assert arrives(lab, host, ADDRESS, 5)

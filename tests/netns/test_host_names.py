@@ -54,7 +54,7 @@ def test_names_of_all_kinds(lab: Laboratory, name: str) -> None:
             assert balancer.stats()["services"][0]["packets"] > 0
             balancer.kill()
             balancer.up()
-            assert "took over" in balancer.process.log()
+            balancer.process.wait_for_line("took over")
     finally:
         rename(lab, name, "eth0")
 
@@ -89,7 +89,8 @@ def test_the_next_one_takes_over_under_the_new_name(lab: Laboratory) -> None:
     try:
         balancer.interfaces = ("wan", "eth1")
         balancer.up()
-        assert "took over" in balancer.process.log() and works(lab)
+        balancer.process.wait_for_line("took over")
+        assert works(lab)
         balancer.cli("down", "wan")
         assert balancer.attached() == {}
     finally:

@@ -77,7 +77,7 @@ def mac_of(host: Host) -> str:
 def test_an_address_that_somebody_deleted_is_added_again(lab: Laboratory, balancer: Balancer, version: int) -> None:
     lab.gateway.shell(f"ip address del {VIP[version]}/{32 if version == 4 else 128} dev eth0")
     mends(lab, lambda: f" {VIP[version]}/" in lab.gateway.shell("ip -o address"))
-    assert f"{VIP[version]} was missing on eth0: added again" in balancer.process.log()
+    balancer.process.wait_for_line(f"{VIP[version]} was missing on eth0: added again")
     await_until(lambda: not alarms(balancer), "no alarm is left")
 
 
@@ -108,7 +108,7 @@ def test_a_program_that_somebody_took_off_is_attached_again(lab: Laboratory, bal
     for interface in ("eth0", "eth1"):
         lab.gateway.shell(f"ip link set dev {interface} xdp off")
         mends(lab, lambda: balancer.attached() == before)
-        assert f"{interface} ran no XDP program: attached again" in balancer.process.log()
+        balancer.process.wait_for_line(f"{interface} ran no XDP program: attached again")
 
 
 def test_a_foreign_program_is_an_alarm_and_is_left_alone(lab: Laboratory, balancer: Balancer) -> None:

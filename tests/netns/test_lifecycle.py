@@ -97,7 +97,7 @@ def test_killed_daemon_packets_flow_on_and_the_next_one_takes_over(lab: Laborato
         manifest = json.loads((balancer.runtime / "manifest.json").read_text())
         assert balancer.cli("status", check=False).returncode == 4
         balancer.up()
-        assert "took over" in balancer.process.log()
+        balancer.process.wait_for_line("took over")
         continues(load)
         after, now = balancer.stats(), json.loads((balancer.runtime / "manifest.json").read_text())
         for name in ("id", "first_slot", "backends"):
@@ -280,7 +280,7 @@ def test_maps_of_another_abi_are_replaced_in_one_step(lab: Laboratory, balancer:
         before = balancer.service_stats("web4")
         balancer.write(service("web4", at(VIP[4], 80), only), hash_key="another secret of some length")
         balancer.up()
-        assert "building new ones" in balancer.process.log()
+        balancer.process.wait_for_line("building new ones")
         continues(load)
         assert connection.ask()
         assert balancer.service_stats("web4")["packets"] >= before["packets"]

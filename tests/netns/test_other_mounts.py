@@ -13,7 +13,7 @@ import pytest
 from crowd import Crowd
 from stage import NO_CHECK, VIP, Balancer, at, attach_foreign_program, backends_of, service, web_laboratory
 
-from xdplb.lab.laboratory import Laboratory, Shape, await_until
+from xdplb.lab.laboratory import Laboratory, Shape
 
 CONNECTIONS = 60
 NEW_BPFFS = "umount --lazy /sys/fs/bpf; mount -t bpf bpf /sys/fs/bpf"
@@ -80,7 +80,7 @@ def test_the_next_daemon_finds_the_maps_through_the_program(
         assert (left := balancer.service_stats("web")["packets"]) > running
         assert len(json.loads(balancer.cli("flows", "-o", "json").stdout)["flows"]) > 0
         balancer.up()
-        assert "took over the running packet path" in balancer.process.log()
+        balancer.process.wait_for_line("took over the running packet path")
         crowd.unchanged(silent_too=True)
         assert balancer.service_stats("web")["packets"] > left
 
@@ -168,5 +168,5 @@ def test_pins_that_are_gone_come_back_by_themselves(lab: Laboratory, balancer: B
     balancer.up(web(lab))
     pins = {path.name for path in balancer.pins.rglob("*")} - {"program"}
     shutil.rmtree(balancer.pins)
-    await_until(lambda: {path.name for path in balancer.pins.rglob("*")} == pins, "all pins are back", timeout_s=15)
-    assert "pins were gone, and are there again: " in balancer.process.log()
+    balancer.process.wait_for_line("pins were gone, and are there again: ", timeout_s=15)
+    assert {path.name for path in balancer.pins.rglob("*")} == pins

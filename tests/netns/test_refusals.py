@@ -69,7 +69,7 @@ def test_an_mtu_above_what_native_xdp_takes(lab: Laboratory, balancer: Balancer)
         assert code == 6 and "MTU" in said and "generic" in said and "Traceback" not in said
         assert balancer.attached() == {}
         balancer.up()
-        assert "no native XDP here" in balancer.process.log()
+        balancer.process.wait_for_line("no native XDP here")
         assert {name: xdp["mode"] for name, xdp in balancer.attached().items()} == {"eth0": NATIVE, "eth1": GENERIC}
         assert fetch_many(lab.client, VIP[4]) == {host.name for host in lab.backends}
         balancer.down()

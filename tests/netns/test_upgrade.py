@@ -77,7 +77,7 @@ def test_another_version_takes_flows_over(
         pins = {path for path in balancer.pins.iterdir() if path.is_dir()}
         balancer.kill()
         balancer.up()
-        assert "and their flows from other maps" in balancer.process.log()
+        balancer.process.wait_for_line("and their flows from other maps")
         assert not pins & set(balancer.pins.iterdir()), "the other version's maps are gone"
         crowd.unchanged(silent_too=True)
         assert active(balancer) == before
@@ -112,7 +112,7 @@ def test_maps_that_are_not_whole_are_built_anew_with_what_is_left_of_them(lab: L
         lab.gateway.shell("ip link set dev eth0 xdp off")  # a program would lead to its maps
         balancer.up()
         assert balancer.service_stats("web")["packets"] >= counted > 0
-        assert f"{pins} is incomplete, services missing" in balancer.process.log()
+        balancer.process.wait_for_line(f"{pins} is incomplete, services missing")
         crowd.unchanged(silent_too=True)
 
 
@@ -130,7 +130,7 @@ def test_another_hash_key_is_said_to_break_flows(lab: Laboratory, balancer: Bala
     balancer.kill()
     (balancer.state / "hash_key").unlink(missing_ok=True)
     balancer.up()
-    assert "hash_key is another one than before: flows of web break" in balancer.process.log()
+    balancer.process.wait_for_line("hash_key is another one than before: flows of web break")
 
 
 def test_something_else_under_a_maps_name_is_refused_and_packets_flow_on(lab: Laboratory, balancer: Balancer) -> None:
