@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * All maps. PIN(name) is their place on bpffs, under a hash of this ABI; they outlive the daemon there. PIN_OF_PROGRAM(name) is
- * a place for each loaded program: stages that two programs share would be those of the later one. Everything that is not per
- * CPU and not an LRU is BPF_F_MMAPABLE: the control plane writes it as memory.
+ * All maps. PIN(name) marks those that are pinned on bpffs, under a hash of this ABI; they outlive the daemon there.
+ * PIN_OF_PROGRAM(name) is a pin for each loaded program: stages that two programs share would be those of the later one.
+ * Everything that is not per CPU and not an LRU is BPF_F_MMAPABLE: the control plane writes it as memory.
  */
 #ifndef XDPLB_MAPS_H
 #define XDPLB_MAPS_H
 
 #include "abi.h"
+
+/* xdplb/dataplane/loader.py makes the maps and pins them: bcc's own would be pinned without a look at what is there. */
+#undef BPF_TABLE_PINNED
+#define BPF_TABLE_PINNED(type, key, leaf, name, entries, pin, flags) BPF_F_TABLE(type, key, leaf, name, entries, flags)
 
 /* Slots by the cache line: an array's elements are padded to 8 bytes, so single words would take twice the memory. */
 struct slot_block {

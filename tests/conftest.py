@@ -74,7 +74,7 @@ def _why_no_bpf() -> str | None:
     if os.geteuid() != 0:
         return "only root may load BPF programs (run the tests with sudo)"
     try:
-        load_programs(_PROBE, [], ["probe"])[0].cleanup()
+        load_programs(_PROBE, [], ["probe"]).close()
     except XdplbError as error:
         return f"{error.message} ({error.hint})"
     return None

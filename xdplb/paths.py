@@ -35,6 +35,11 @@ def state_directory() -> Path:
     return Path(os.environ.get("XDPLB_STATE_DIRECTORY", "/var/lib/xdplb"))
 
 
+def cache_directory() -> Path:
+    """What can be made again at any time: compiled programs."""
+    return Path(os.environ.get("XDPLB_CACHE_DIRECTORY", "/var/cache/xdplb"))
+
+
 def is_interface_name(name: str) -> bool:
     """Whether an interface can have that name, alternative ones included."""
     return bool(_INTERFACE.fullmatch(name)) and len(name.encode()) <= LONGEST_NAME and name not in (".", "..")

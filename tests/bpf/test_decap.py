@@ -35,8 +35,8 @@ NOT_ECT, ECT1, ECT0, CE = range(4)
 class Decap:
     def __init__(self, only_gateways: bool) -> None:
         flags = ["-DGUE_PORT=6080", "-DMAX_ADDRESSES=64", f"-DONLY_GATEWAYS={int(only_gateways)}"]
-        self._bpf, programs = load_programs(bundle("decap.c"), flags, ["xdplb_decap"])
-        self.program = programs["xdplb_decap"]
+        self._loaded = load_programs(bundle("decap.c"), flags, ["xdplb_decap"])
+        self.program = self._loaded.programs["xdplb_decap"]
         for address in LOCAL.values():
             self._update("local_addresses", self._words(address), 1)
         for prefix in ("10.0.1.0/24", "fd00:1::/64"):
@@ -54,19 +54,18 @@ class Decap:
         return length.to_bytes(4, "little") + self._words(str(network.network_address))
 
     def _update(self, name: str, key: bytes, value: int) -> None:
-        syscall.update(self._bpf[name.encode()].map_fd, key, value.to_bytes(4, "little"))
+        syscall.update(self._loaded.fd(name), key, value.to_bytes(4, "little"))
 
     def counters(self) -> dict[str, int]:
-        table = self._bpf[b"decap_counters"]
-        values = syscall.read_per_cpu_value(table.map_fd, 0)
-        return {name: int(value) for (name, *_), value in zip(table.sLeaf._fields_, values, strict=True)}
+        values = syscall.read_per_cpu_value(self._loaded.fd("decap_counters"), 0)
+        return {name: int(value) for name, value in zip(self._loaded.fields("decap_counters"), values, strict=True)}
 
     def run(self, packet: Packet | bytes) -> tuple[Verdict, bytes]:
         result = syscall.test_run(self.program, raw(packet))
         return Verdict(result.verdict), result.packet
 
     def close(self) -> None:
-        self._bpf.cleanup()
+        self._loaded.close()
 
 
 def _opened(only_gateways: bool) -> Iterator[Decap]:

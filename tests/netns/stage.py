@@ -182,7 +182,7 @@ def attach_foreign_program(lab: Laboratory, interface: str) -> int:
     """Puts somebody else's XDP program on the gateway's interface, in place of any other. Its id."""
     script = "from pathlib import Path\nfrom xdplb.dataplane import syscall\n"
     script += "from xdplb.dataplane.loader import load_programs\n"
-    script += f"_, programs = load_programs({FOREIGN_PROGRAM!r}, [], ['foreign'])\n"
+    script += f"programs = load_programs({FOREIGN_PROGRAM!r}, [], ['foreign']).programs\n"
     script += f"syscall.pin(programs['foreign'], Path({str(lab.pins / 'foreign')!r}))"
     lab.pins.mkdir(exist_ok=True)
     lab.gateway.run([sys.executable, "-c", script])

@@ -122,13 +122,19 @@ def test_a_configuration_with_mistakes(idle: Balancer) -> None:
 def test_bcc_is_missing(lab: Laboratory, balancer: Balancer, tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('hidden')")
     path = os.pathsep.join([str(tmp_path), lab.gateway.environment["PYTHONPATH"]])
-    process = balancer.begin(env={"PYTHONPATH": path})
+    environment = {"PYTHONPATH": path, "XDPLB_CACHE_DIRECTORY": str(tmp_path / "cache")}
+    process = balancer.begin(env=environment)
     assert process.wait(15) == 6
     assert "python3-bpfcc" in process.log() and "Traceback" not in process.log()
     (tmp_path / "bcc.py").write_text("")
-    process = balancer.begin(env={"PYTHONPATH": path})
+    process = balancer.begin(env=environment)
     assert process.wait(15) == 6
     assert "not the BPF Compiler Collection" in process.log()
+    balancer.up(env={"XDPLB_CACHE_DIRECTORY": str(tmp_path / "cache")})
+    balancer.down()
+    balancer.up(env=environment)
+    balancer.process.wait_for_line("taking what was compiled before")
+    assert fetch_many(lab.client, VIP[4]) == {host.name for host in lab.backends}
 
 
 def test_a_service_that_is_not_there(lab: Laboratory, balancer: Balancer) -> None:

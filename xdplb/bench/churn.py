@@ -268,7 +268,7 @@ def _open(window: int, capacity: int, time: Clock) -> Iterator[tuple[Dataplane, 
     try:
         plane = loader.open_dataplane(features, geometry, _KEY, pins)
         engine = Engine(plane, _KEY, config, Statuses(), Applied(geometry), Retired(), time)
-        yield plane, engine, bundle.compiler_flags(defines(features, geometry), _KEY, pins)
+        yield plane, engine, bundle.compiler_flags(defines(features, geometry), _KEY)
     finally:
         loader.remove_pins(pins.parent)
 
@@ -291,27 +291,29 @@ def replay(
         program = plane.program_fd
         if conventional:
             elements = 8 * capacity // (_ELEMENT_OVERHEAD + 40 + 8)
-            bpf, programs = loader.load_programs(
-                bundle.program_source("conventional.c"), [*flags, f"-DCONVENTIONAL_FLOWS={elements}"], ["conventional"]
+            loaded = loader.load_programs(
+                bundle.program_source("conventional.c"),
+                [*flags, f"-DCONVENTIONAL_FLOWS={elements}"],
+                ["conventional"],
+                bundle.pins(plane.pins, "conventional"),
             )
-            kept.callback(bpf.cleanup)
-            program = programs["conventional"]
+            kept.callback(loaded.close)
+            program = loaded.programs["conventional"]
         sender = _flooder(program, kept) if flood else None
         return Replay(Outcome(name, flows), program, Pool(engine, seed), seed, sender).run(ticks, changes)
 
 
 def _flooder(program: int, kept: ExitStack) -> Callable[[int], None]:
     """Sends SYNs of flows that are not in the trace, from inside the kernel."""
-    functions = ["bench_wrap"]
-    bpf, programs = loader.load_programs(bundle.bundle("bench.c"), ["-O2"], functions)
-    kept.callback(bpf.cleanup)
-    syscall.update(int(bpf[b"targets"].map_fd), bytes(4), program.to_bytes(4, "little"))
+    loaded = loader.load_programs(bundle.bundle("bench.c"), ["-O2"], ["bench_wrap"])
+    kept.callback(loaded.close)
+    syscall.update(loaded.fd("targets"), bytes(4), program.to_bytes(4, "little"))
     header = _frame(0, _SYN).ljust(80, b"\0")
     numbers = b"".join(number.to_bytes(4, "little") for number in ((1 << 24) - 1, 0, 128, 0))
-    syscall.update(int(bpf[b"bench_case"].map_fd), bytes(4), header + numbers)
+    syscall.update(loaded.fd("bench_case"), bytes(4), header + numbers)
 
     def send(ticks: int) -> None:
-        syscall.test_run(programs["bench_wrap"], bytes(128), repeat=ticks * FLOOD_PER_TICK)
+        syscall.test_run(loaded.programs["bench_wrap"], bytes(128), repeat=ticks * FLOOD_PER_TICK)
 
     return send
 

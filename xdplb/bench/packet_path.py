@@ -151,7 +151,6 @@ class Bench:
     """The programs of all cases, loaded."""
 
     def __init__(self, pins: Path) -> None:
-        self._kept: list[Any] = []  # bcc objects own the maps
         key = HashKey.derive("bench")
         programs = {}
         for mode in _MODES:
@@ -169,11 +168,9 @@ class Bench:
             "mac-swap": "bench_mac_swap",
             "fixed-encapsulation": "bench_fixed_encapsulation",
         }
-        self._bpf, wrappers = loader.load_programs(
-            bundle.bundle("bench.c"), ["-O2"], ["bench_wrap", *functions.values()]
-        )
-        self._wrap = wrappers["bench_wrap"]
-        programs |= {name: wrappers[function] for name, function in functions.items()}
+        self._wrappers = loader.load_programs(bundle.bundle("bench.c"), ["-O2"], ["bench_wrap", *functions.values()])
+        self._wrap = self._wrappers.programs["bench_wrap"]
+        programs |= {name: self._wrappers.programs[function] for name, function in functions.items()}
         programs["conventional"] = self._load_conventional(key, pins / "ipip")
         for index, name in enumerate(_TARGETS):
             self._update("targets", index, programs[name].to_bytes(4, "little"))
@@ -186,7 +183,6 @@ class Bench:
         geometry = replace(requirements.geometry(config), flow_sets=flow_sets)
         plane = loader.open_dataplane(features, geometry, key, pins)
         _fill(plane, key, config)
-        self._kept.append(plane)
         return plane
 
     def _load_conventional(self, key: HashKey, pins: Path) -> int:
@@ -194,10 +190,12 @@ class Bench:
         config = _configuration("ipip")
         definitions = defines(requirements.features(config, False), requirements.geometry(config))
         definitions["CONVENTIONAL_FLOWS"] = 2 * FLOWS["1m"]
-        flags = bundle.compiler_flags(definitions, key, pins)
-        bpf, programs = loader.load_programs(bundle.program_source("conventional.c"), flags, ["conventional"])
-        self._kept.append(bpf)
-        return programs["conventional"]
+        return loader.load_programs(
+            bundle.program_source("conventional.c"),
+            bundle.compiler_flags(definitions, key),
+            ["conventional"],
+            bundle.pins(pins, "conventional"),
+        ).programs["conventional"]
 
     def run(self, case: Case, target: str, repeat: int) -> int:
         """Mean nanoseconds of a round, wrapper included."""
@@ -206,7 +204,7 @@ class Bench:
         return syscall.test_run(self._wrap, bytes(_FRAME), repeat=repeat).duration_ns
 
     def _update(self, name: str, index: int, value: bytes) -> None:
-        syscall.update(int(self._bpf[name.encode()].map_fd), index.to_bytes(4, "little"), value)
+        syscall.update(self._wrappers.fd(name), index.to_bytes(4, "little"), value)
 
 
 def measure(bench: Bench, wanted: Sequence[Case], rounds: int, progress: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -13,9 +13,8 @@ LARGEST_LOG = 1 << 20
 
 
 def log_to_stderr(kept: Path | None = None) -> None:
-    """By a descriptor of our own: number 2 itself is the compiler's while bcc compiles (dataplane/loader.py).
-
-    Where it leads to the file `kept`, that begins anew when it is full, and the one before it stays.
+    """Line by line, by a descriptor of our own. Where it leads to the file `kept`, that begins anew when it is full,
+    and the one before it stays.
     """
     logging.raiseExceptions = False  # a full disk is no bug
     stream = os.fdopen(os.dup(2), "w", buffering=1)

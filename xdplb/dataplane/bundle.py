@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +29,12 @@ def kernel_directory() -> Path:
     return source_directory() / "kernel"
 
 
+def kernel_headers() -> list[tuple[str, str]]:
+    """Name and text of each of those."""
+    top = kernel_directory()
+    return [(str(path.relative_to(top)), path.read_text(encoding="utf-8")) for path in sorted(top.rglob("*.h"))]
+
+
 def bundle(name: str) -> str:
     """`name` with its headers put in at their first `#include`."""
     seen: set[str] = set()
@@ -37,14 +42,15 @@ def bundle(name: str) -> str:
 
 
 def _expand(path: Path, seen: set[str]) -> list[str]:
-    lines = [f'#line 1 "{path}"']
+    name = f"bpf/{path.name}"  # not the whole path: the same source is the same, wherever it lies
+    lines = [f'#line 1 "{name}"']
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         include = _INCLUDE.match(line)
         if include is None:
             lines.append(line)
         elif include[1] not in seen:
             seen.add(include[1])
-            lines += [*_expand(path.parent / include[1], seen), f'#line {number + 1} "{path}"']
+            lines += [*_expand(path.parent / include[1], seen), f'#line {number + 1} "{name}"']
         else:
             lines.append("")
     return lines
@@ -63,21 +69,19 @@ def map_names() -> tuple[str, ...]:
     return tuple(re.findall(r'PIN\("(\w+)"\)', (source_directory() / "maps.h").read_text(encoding="utf-8")))
 
 
-def pin_of_program(pins: Path, name: str, program: str) -> Path:
-    """Where a map is pinned that belongs to one loaded program alone."""
-    return pins / f"{name}-{program}"
-
-
-def compiler_flags(
-    definitions: Mapping[str, int], key: HashKey, pin_directory: Path, program: str | None = None
-) -> list[str]:
-    """What bcc gets as `cflags`: the definitions, the hash's key and where maps are pinned. `program` tells this load
-    apart from others on the same maps; without, it is drawn.
+def pins(directory: Path, program: str) -> dict[str, Path]:
+    """By map, where it is pinned. `program` tells a loaded program apart from others on the same maps: some belong to
+    one alone.
     """
+    text = (source_directory() / "maps.h").read_text(encoding="utf-8")
+    alone = re.findall(r'PIN_OF_PROGRAM\("(\w+)"\)', text)
+    return {name: directory / name for name in map_names()} | {name: directory / f"{name}-{program}" for name in alone}
+
+
+def compiler_flags(definitions: Mapping[str, int], key: HashKey) -> list[str]:
+    """What bcc gets as `cflags`: the definitions and the hash's key."""
     flags = [f"-D{name}={value}" for name, value in definitions.items()]
     flags += [f"-DHASH_SEED={key.seed}ULL", f"-DHASH_FACTOR={key.factor}ULL"]
-    flags.append(f'-DPIN(name)="{pin_directory}/" name')
-    flags.append(f'-DPIN_OF_PROGRAM(name)="{pin_directory}/" name "-{program or secrets.token_hex(4)}"')
     return [*flags, "-O2", "-Wall", "-Wno-unused-function"]
 
 

@@ -1,4 +1,4 @@
-"""The packet path, compiled and loaded: the only module that imports bcc.
+"""The packet path in the kernel: maps made or taken over, programs loaded.
 
 A `Dataplane` is one generation: programs specialised to some features, and maps of one geometry, pinned under a hash
 of their ABI. Opening it where such maps are pinned already adopts them with all they hold.
@@ -6,13 +6,17 @@ of their ABI. Opening it where such maps are pinned already adopts them with all
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import platform
 import secrets
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb import abi
+from xdplb import abi, paths
 from xdplb.core import flow_cache
 from xdplb.core.hash_key import HashKey
-from xdplb.dataplane import bundle, syscall
+from xdplb.dataplane import bundle, compiler, syscall
+from xdplb.dataplane.cache import Cache
 from xdplb.dataplane.codec import Codec
+from xdplb.dataplane.compiled import Compiled, CompiledMap, relocated
 from xdplb.dataplane.trace import Trace
-from xdplb.errors import CompileError, NotCapable, NotPrivileged
+from xdplb.errors import NotCapable, NotPrivileged
+
+log = logging.getLogger(__name__)
 
 MAIN = "xdplb"
 SWEEP = "xdplb_sweep"
@@ -37,6 +45,8 @@ COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_c
 STAGES = "stages"
 """The map of programs that tail calls go to."""
 BPFFS = Path("/sys/fs/bpf")
+_FORMAT = 1
+"""Of compiled programs in files; to be raised whenever `compiler` makes others of the same source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +62,48 @@ class Table:
         self.raw[index] = np.frombuffer(data, np.uint8)
 
 
+class Loaded:
+    """Programs of one source and their maps, by descriptors. They go with those, but for what is pinned or attached."""
+
+    def __init__(
+        self, maps: Mapping[str, int], layouts: Mapping[str, np.dtype[Any] | None], programs: dict[str, int]
+    ) -> None:
+        self._maps = maps
+        self._layouts = layouts
+        self.programs = programs
+
+    def fd(self, map_name: str) -> int:
+        return self._maps[map_name]
+
+    def layout(self, map_name: str) -> np.dtype[Any]:
+        """Of a map's value, or of what one CPU has of it."""
+        layout = self._layouts[map_name]
+        if layout is None:
+            raise TypeError(f"{map_name}: what its values are like is not known")
+        return layout
+
+    def fields(self, map_name: str) -> tuple[str, ...]:
+        """Names of that struct's fields."""
+        return self.layout(map_name).names or ()
+
+    def close(self) -> None:
+        for descriptor in (*self._maps.values(), *self.programs.values()):
+            os.close(descriptor)
+
+
 class Dataplane:
     """Programs and maps of one generation. Closing it leaves pins and attachments in place."""
 
     def __init__(
         self,
-        bpf: Any,
-        programs: dict[str, int],
+        loaded: Loaded,
         geometry: abi.Geometry,
         features: abi.Features,
         pins: Path,
         stages_pin: Path,
     ) -> None:
-        self._bpf = bpf
-        self.programs = programs
+        self._loaded = loaded
+        self.programs = loaded.programs
         self.geometry = geometry
         self.features = features
         self.pins = pins
@@ -119,11 +157,11 @@ class Dataplane:
         syscall.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.snat_sets)
 
     def fd(self, map_name: str) -> int:
-        return int(self._bpf[map_name.encode()].map_fd)
+        return self._loaded.fd(map_name)
 
     def counter_fields(self, map_name: str) -> tuple[str, ...]:
         """Names of a counter struct's fields: they are the names of metrics and JSON fields as well."""
-        return tuple(name for name, *_ in self._bpf[map_name.encode()].sLeaf._fields_)
+        return self._loaded.fields(map_name)
 
     def read_counters(self, map_name: str, entries: int) -> NDArray[np.uint64]:
         """Counters of the first `entries` ids, summed over CPUs: shape (entries, fields)."""
@@ -167,13 +205,13 @@ class Dataplane:
         shutil.rmtree(self.pins, ignore_errors=True)
 
     def close(self) -> None:
-        self._bpf.cleanup()
+        self._loaded.close()
 
     def _memory(self, name: str) -> Any:
         return syscall.map_memory(self.fd(name))
 
     def _structs(self, name: str) -> NDArray[Any]:
-        dtype = np.dtype(self._bpf[name.encode()].Leaf)
+        dtype = self._loaded.layout(name)
         return np.frombuffer(self._memory(name), dtype, syscall.map_shape(self.fd(name)).max_entries)
 
     def _table(self, name: str) -> Table:
@@ -184,107 +222,147 @@ class Dataplane:
 
 
 def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey, pins: Path) -> Dataplane:
-    """Compiles and loads. `pins` is the directory of the maps' pins: adopted where it is filled, filled where it is
-    not.
+    """Compiles, where that was not done before, and loads. `pins` is the directory of the maps' pins: adopted where it
+    is filled, filled where it is not.
 
     Raises CompileError with clang's or the verifier's words, NotPrivileged, or NotCapable where bcc or bpffs is
-    missing.
+    missing, or something that is pinned is in the way.
     """
     ensure_bpffs(pins)
-    definitions = abi.defines(features, geometry)
-    program = secrets.token_hex(4)
-    flags = bundle.compiler_flags(definitions, key, pins, program)
-    _refuse_foreign_pins(pins)
-    bpf, programs = load_programs(bundle.program_source(), flags, [MAIN, SWEEP, EXPLAIN, PROBE, *_STAGES.values()])
-    _refuse_other_sizes(bpf, pins)
-    plane = Dataplane(bpf, programs, geometry, features, pins, bundle.pin_of_program(pins, STAGES, program))
+    flags = bundle.compiler_flags(abi.defines(features, geometry), key)
+    places = bundle.pins(pins, secrets.token_hex(4))
+    functions = [MAIN, SWEEP, EXPLAIN, PROBE, *_STAGES.values()]
+    loaded = load_programs(bundle.program_source(), flags, functions, places)
     for name in bundle.map_names():  # so that all are found through the program, and live as long
-        syscall.bind_map(plane.program_fd, plane.fd(name))
+        syscall.bind_map(loaded.programs[MAIN], loaded.fd(name))
     for stage, name in _STAGES.items():
-        syscall.update(plane.fd(STAGES), int(stage).to_bytes(4, "little"), programs[name].to_bytes(4, "little"))
-    return plane
+        syscall.update(loaded.fd(STAGES), int(stage).to_bytes(4, "little"), loaded.programs[name].to_bytes(4, "little"))
+    return Dataplane(loaded, geometry, features, pins, places[STAGES])
 
 
-def _refuse_foreign_pins(pins: Path) -> None:
-    """bcc would take whatever is pinned under a map's name."""
-    for path in pins.iterdir():
-        descriptor = -1
-        with suppress(OSError):
-            descriptor = syscall.get(path)
-        ours = descriptor >= 0 and syscall.is_map(descriptor)
-        if descriptor >= 0:
-            os.close(descriptor)
-        if not ours:
-            raise NotCapable(f"{path} is not a map of xdplb", f"remove it: rm {path}")
-
-
-def _refuse_other_sizes(bpf: Any, pins: Path) -> None:
-    for name in bundle.map_names():
-        table = bpf[name.encode()]
-        if syscall.map_shape(int(table.map_fd)).max_entries != table.max_entries:
-            raise NotCapable(f"{pins / name} is not of the size that is needed", f"remove it: rm {pins / name}")
-
-
-def load_programs(source: str, flags: list[str], functions: list[str]) -> tuple[Any, dict[str, int]]:
-    """XDP programs of one source, loaded: bcc's object, which keeps their maps and must be kept, and descriptors by
-    name.
+def load_programs(
+    source: str,
+    flags: Sequence[str],
+    functions: Sequence[str],
+    pins: Mapping[str, Path] | None = None,
+    program_flags: int = 0,
+) -> Loaded:
+    """XDP programs of one source. `pins` has the places of the maps that are pinned: taken from there, or made and
+    pinned there. If loading fails, those are as they were. `flags` are the compiler's, `program_flags` the kernel's.
+    Errors as `open_dataplane` has them.
     """
-    bcc = _import_bcc()
-    with _captured_stderr() as said:
-        try:
-            bpf = bcc.BPF(text=source.encode(), cflags=flags)
-            programs = {name: int(bpf.load_func(name.encode(), bcc.BPF.XDP).fd) for name in functions}
-        except Exception as error:
-            raise _explain(error, said()) from error
-    return bpf, programs
-
-
-def _import_bcc() -> Any:
-    os.environ["BCC_KERNEL_SOURCE"] = str(bundle.kernel_directory())
+    compiled = _compiled(source, flags, functions)
+    descriptors, pinned = _open_maps(compiled.maps, pins or {})
+    programs: dict[str, int] = {}
     try:
-        import bcc
-    except ImportError as error:
-        raise NotCapable(
-            f"bcc's Python module is missing ({error})",
-            "install the distribution's package (apt-get install python3-bpfcc) and run xdplb with the distribution's "
-            "python3, in a virtual environment made with --system-site-packages; PyPI's 'bcc' is an unrelated package",
-        ) from error
-    if not hasattr(bcc, "BPF"):
-        raise NotCapable(
-            f"the module bcc at {bcc.__file__} is not the BPF Compiler Collection",
-            "pip uninstall bcc; apt-get install python3-bpfcc",
-        )
-    return bcc
+        for name, instructions in compiled.programs.items():
+            code = relocated(instructions, list(descriptors.values()))
+            try:
+                programs[name] = syscall.load_xdp(code, name, program_flags)
+            except OSError as error:
+                said = compiler.rejection(source, flags, name) or syscall.verifier_log(code, program_flags)
+                raise compiler.failure(str(error.strerror), said) from error
+    except BaseException:
+        for path in pinned:
+            path.unlink(missing_ok=True)
+        for descriptor in (*descriptors.values(), *programs.values()):
+            os.close(descriptor)
+        raise
+    return Loaded(descriptors, {entry.name: entry.layout for entry in compiled.maps}, programs)
 
 
-def _explain(error: Exception, said: str) -> Exception:
-    if os.geteuid() != 0 and ("not permitted" in said or "not permitted" in str(error)):
-        return NotPrivileged("the kernel lets only root load BPF programs", "run xdplb with sudo")
-    last = [line for line in said.splitlines() if line.strip() and not line.startswith("processed ")]
-    problem = next((line for line in last if " error: " in line), last[-1] if last else str(error))
-    return CompileError(
-        f"the BPF program could not be compiled and loaded: {problem.strip()}",
-        "xdplb needs Linux 5.15 or later with CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT",
-        said,
-    )
+def _compiled(source: str, flags: Sequence[str], functions: Sequence[str]) -> Compiled:
+    """From the cache, where this host's compiler made it, or where there is none to make it again."""
+    cache = Cache(paths.cache_directory())
+    made_of = [_FORMAT, platform.machine(), source, list(flags), list(functions), bundle.kernel_headers()]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    cached = _parsed(cache.get(digest))
+    if cached is not None and cached.compiler == compiler.identity():
+        return cached
+    began = time.monotonic()
+    try:
+        text = compiler.compile_xdp(source, flags, functions)
+    except compiler.NoCompiler as error:
+        if cached is None:
+            raise
+        log.info("%s: taking what was compiled before", error.message)
+        return cached
+    compiled = Compiled.parse(text)
+    log.info("compiled the BPF program in %.1f s", time.monotonic() - began)
+    cache.put(digest, text.encode())
+    return compiled
 
 
-@contextmanager
-def _captured_stderr() -> Iterator[Any]:
-    """clang and bcc write to descriptor 2, not to Python; what they say belongs into the exception."""
-    with tempfile.TemporaryFile() as file:
-        saved = os.dup(2)
-        os.dup2(file.fileno(), 2)
+def _parsed(text: bytes | None) -> Compiled | None:
+    with suppress(ValueError):
+        return Compiled.parse(text) if text is not None else None
+    log.warning("what was compiled before is not understood")
+    return None
 
-        def said() -> str:
-            file.seek(0)
-            return file.read().decode(errors="replace")
 
-        try:
-            yield said
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+def _open_maps(maps: Sequence[CompiledMap], pins: Mapping[str, Path]) -> tuple[dict[str, int], list[Path]]:
+    """Descriptors by name, in that order, and the pins that are new. Nothing is made where a pin is in the way."""
+    found: dict[str, int] = {}
+    pinned: list[Path] = []
+    try:
+        for entry in maps:
+            if entry.name in pins and (descriptor := _pinned(entry, pins[entry.name])) is not None:
+                found[entry.name] = descriptor
+        for entry in maps:
+            if entry.name not in found:
+                found[entry.name] = _make(entry, pins.get(entry.name))
+                if entry.name in pins:
+                    pinned.append(pins[entry.name])
+    except BaseException:
+        for path in pinned:
+            path.unlink(missing_ok=True)
+        for descriptor in found.values():
+            os.close(descriptor)
+        raise
+    return {entry.name: found[entry.name] for entry in maps}, pinned
+
+
+def _make(entry: CompiledMap, pin: Path | None) -> int:
+    try:
+        descriptor = syscall.create_map(entry.name, entry.definition)
+    except OSError as error:
+        raise compiler.failure(f"the map {entry.name} cannot be made: {error.strerror}") from error
+    try:
+        if pin is not None:
+            syscall.pin(descriptor, pin)
+    except OSError as error:
+        os.close(descriptor)
+        raise compiler.failure(f"the map {entry.name} cannot be pinned: {pin}: {error.strerror}") from error
+    return descriptor
+
+
+def _pinned(entry: CompiledMap, path: Path) -> int | None:
+    """The map that is pinned there, None where nothing is. NotCapable where that is something else."""
+    try:
+        descriptor = syscall.get(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise NotCapable(f"{path} is not a map of xdplb", f"remove it: rm {path}") from None
+        return None
+    except OSError as error:
+        raise NotCapable(f"{path} is not a map of xdplb", f"remove it: rm {path}") from error
+    problem = "a map of xdplb"
+    if syscall.is_map(descriptor):
+        problem = _difference(syscall.map_definition(descriptor), entry.definition)
+    if problem:
+        os.close(descriptor)
+        raise NotCapable(f"{path} is not {problem}", f"remove it: rm {path}")
+    return descriptor
+
+
+def _difference(there: syscall.MapDefinition, wanted: syscall.MapDefinition) -> str:
+    if there.max_entries != wanted.max_entries:
+        return "of the size that is needed"
+    if (there.key_size, there.value_size) != (wanted.key_size, wanted.value_size):
+        return "a map with keys and values of the sizes that are needed"
+    if (there.type, there.flags) != (wanted.type, wanted.flags):
+        return "a map of the type that is needed"
+    return ""
 
 
 def ensure_bpffs(pins: Path) -> None:

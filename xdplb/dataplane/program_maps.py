@@ -14,9 +14,6 @@ from xdplb.dataplane import bundle, syscall
 from xdplb.dataplane.loader import MAIN
 from xdplb.dataplane.manifest import Manifest
 
-LONGEST_NAME = 15
-"""Of a program or a map, as the kernel keeps it (BPF_OBJ_NAME_LEN)."""
-
 
 def maps_in_use(notes: Manifest) -> dict[str, int]:
     """The ids, by name, of the maps of the program that `notes` tell of; none where it is gone, or may not be asked.
@@ -34,7 +31,7 @@ def maps_in_use(notes: Manifest) -> dict[str, int]:
 
 def _shapes(ids: list[int]) -> dict[str, tuple[int, syscall.MapShape]]:
     """Of those that are ours, by the names that the kernel cuts off: id and shape."""
-    names = {name[:LONGEST_NAME]: name for name in bundle.map_names()}
+    names = {name[: syscall.LONGEST_NAME]: name for name in bundle.map_names()}
     found = {}
     for id_ in ids:
         with _opened(syscall.map_by_id(id_)) as descriptor:

@@ -1,4 +1,4 @@
-"""The bpf(2) system call, for what bcc does not offer: pinned objects, reading maps in bulk, test runs.
+"""The bpf(2) system call: maps and programs, pinned objects, reading maps in bulk, test runs.
 
 Layouts and numbers: include/uapi/linux/bpf.h. All functions raise OSError with the kernel's errno.
 """
@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _OBJ_PIN, _OBJ_GET, _PROG_TEST_RUN = 1, 2, 3, 5, 6, 7, 10
-_PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _INFO_BY_FD, _LOOKUP_BATCH, _PROG_BIND_MAP = 13, 14, 15, 24, 35
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
+_PROG_TEST_RUN, _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _INFO_BY_FD = 10, 13, 14, 15
+_LOOKUP_BATCH, _PROG_BIND_MAP = 24, 35
 
 _XDP = 6
+_PER_CPU = {5, 6, 10, 21}
+"""The types of maps that have a value for each CPU (enum bpf_map_type)."""
+_LOG_OF_A_REJECTION = 1
+_LONGEST_LOG = (1 << 24) - 1
+"""What Linux 5.15 takes; it is only asked for what the verifier says of the path that it rejects."""
+LONGEST_NAME = 15
+"""Of a program or a map, as the kernel keeps it (BPF_OBJ_NAME_LEN)."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,6 +46,20 @@ class _Element(ctypes.Structure):
         ("key", ctypes.c_uint64),
         ("value", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
+    )
+
+
+class _MapCreate(ctypes.Structure):
+    _fields_ = (
+        ("map_type", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("numa_node", ctypes.c_uint32),
+        ("map_name", ctypes.c_char * 16),
+        ("map_ifindex", ctypes.c_uint32),
     )
 
 
@@ -59,7 +82,15 @@ class _ProgLoad(ctypes.Structure):
         ("insn_cnt", ctypes.c_uint32),
         ("insns", ctypes.c_uint64),
         ("license", ctypes.c_uint64),
-        ("rest", ctypes.c_uint8 * 120),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_uint64),
+        ("kern_version", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_name", ctypes.c_char * 16),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("expected_attach_type", ctypes.c_uint32),
+        ("rest", ctypes.c_uint8 * 72),
     )
 
 
@@ -150,10 +181,37 @@ def get(path: Path) -> int:
     return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
 
 
-def load_xdp(instructions: bytes) -> int:
-    """A descriptor of an XDP program made of these instructions."""
+def load_xdp(instructions: bytes, name: str = "", flags: int = 0) -> int:
+    """A descriptor of an XDP program made of these instructions. `flags` as the kernel has them: BPF_F_XDP_HAS_FRAGS…
+
+    `verifier_log` tells why it was refused.
+    """
+    return _load_xdp(instructions, name, flags, None)
+
+
+def verifier_log(instructions: bytes, flags: int = 0) -> str:
+    """What the verifier says of instructions that it rejects; nothing of those that it takes."""
+    log = ctypes.create_string_buffer(_LONGEST_LOG)
+    try:
+        os.close(_load_xdp(instructions, "", flags, log))
+    except OSError:
+        return log.value.decode(errors="replace")
+    return ""
+
+
+def _load_xdp(instructions: bytes, name: str, flags: int, log: ctypes.Array[ctypes.c_char] | None) -> int:
     code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
-    attributes = _ProgLoad(_XDP, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(license_))
+    attributes = _ProgLoad(
+        prog_type=_XDP,
+        insn_cnt=len(instructions) // 8,
+        insns=ctypes.addressof(code),
+        license=ctypes.addressof(license_),
+        prog_flags=flags,
+        prog_name=name[:LONGEST_NAME].encode("ascii"),
+    )
+    if log is not None:
+        attributes.log_level, attributes.log_size = _LOG_OF_A_REJECTION, len(log)
+        attributes.log_buf = ctypes.addressof(log)
     return _bpf(_PROG_LOAD, attributes)
 
 
@@ -217,6 +275,33 @@ class MapShape:
     key_size: int
     value_size: int
     max_entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapDefinition:
+    """What the kernel has to know of a map to make it: enum bpf_map_type, sizes in bytes, BPF_F_*."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+
+
+def create_map(name: str, definition: MapDefinition) -> int:
+    """A descriptor of a new map."""
+    attributes = _MapCreate(
+        definition.type, definition.key_size, definition.value_size, definition.max_entries, definition.flags
+    )
+    attributes.map_name = name[:LONGEST_NAME].encode("ascii")
+    return _bpf(_MAP_CREATE, attributes)
+
+
+def map_definition(descriptor: int) -> MapDefinition:
+    info = _map_info(descriptor)
+    return MapDefinition(
+        int(info.type), int(info.key_size), int(info.value_size), int(info.max_entries), int(info.map_flags)
+    )
 
 
 def map_shape(descriptor: int) -> MapShape:
@@ -309,6 +394,27 @@ def update(descriptor: int, key: bytes, value: bytes) -> None:
 def delete(descriptor: int, key: bytes) -> None:
     key_buffer = ctypes.create_string_buffer(key, len(key))
     _bpf(_MAP_DELETE, _Element(descriptor, 0, ctypes.addressof(key_buffer), 0, 0))
+
+
+def elements(descriptor: int) -> dict[bytes, bytes]:
+    """All that a map holds, by key. A value of a per-CPU map is those of all CPUs, each filled up to 8 bytes."""
+    definition = map_definition(descriptor)
+    size = definition.value_size
+    if definition.type in _PER_CPU:
+        size = -(-size // 8) * 8 * possible_cpus()
+    key, value = ctypes.create_string_buffer(definition.key_size), ctypes.create_string_buffer(size)
+    step = _Element(descriptor, 0, 0, ctypes.addressof(key), 0)  # from no key to the first
+    look_up = _Element(descriptor, 0, ctypes.addressof(key), ctypes.addressof(value), 0)
+    found = {}
+    try:
+        while True:
+            _bpf(_MAP_GET_NEXT_KEY, step)
+            step.key = ctypes.addressof(key)
+            with suppress(FileNotFoundError):  # an element of an array of programs without one, or gone by now
+                _bpf(_MAP_LOOKUP, look_up)
+                found[key.raw] = value.raw
+    except FileNotFoundError:
+        return found
 
 
 @dataclass(frozen=True, slots=True)

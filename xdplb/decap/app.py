@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any
 
 from xdplb.core.address_table import address_words
 from xdplb.daemon import notify
@@ -22,6 +21,7 @@ from xdplb.daemon.ledger import this_namespace
 from xdplb.daemon.lock import locked
 from xdplb.daemon.logs import log_to_stderr
 from xdplb.dataplane import bundle, loader, syscall
+from xdplb.dataplane.loader import Loaded
 from xdplb.errors import ForeignProgram, UsageError
 from xdplb.model import Address, AttachMode
 from xdplb.net import bulk
@@ -31,6 +31,7 @@ from xdplb.paths import pin_directory, pin_name, runtime_directory
 
 log = logging.getLogger(__name__)
 
+PROGRAM = "xdplb_decap"
 MAX_ADDRESSES = 8192
 LOOK_AGAIN_S = 1.0
 """A network that becomes local without an address of its own is seen after so long at the latest."""
@@ -65,12 +66,13 @@ async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Ne
         asyncio.get_running_loop().add_signal_handler(ending, stop.set)
     async with Links() as links:
         interface = await links.interface(name)
-        bpf, program = await asyncio.to_thread(_load, port, bool(prefixes))
+        loaded = await asyncio.to_thread(_load, port, bool(prefixes))
+        program = loaded.programs[PROGRAM]
         for prefix in prefixes:
-            _put(bpf, "gateways", _trie_key(prefix))
+            _put(loaded, "gateways", _trie_key(prefix))
         if not prefixes:
             log.warning("%s: tunnel packets are taken from anybody; name the gateways: --from PREFIX", name)
-        own = _Own(links, bpf)
+        own = _Own(links, loaded)
         await own.look()
         tasks = [asyncio.create_task(own.follow()), asyncio.create_task(stop.wait())]
         try:
@@ -86,15 +88,14 @@ async def _run(name: str, port: int, mode: AttachMode, prefixes: Sequence[IPv4Ne
             _pin(interface.name).unlink(missing_ok=True)
             with suppress(OSError):
                 pin_directory().rmdir()  # unless somebody else's pins are there
-            log.info("%s: detached; %s", name, _counters(bpf))
+            log.info("%s: detached; %s", name, _counters(loaded))
 
 
-def _load(port: int, only_gateways: bool) -> tuple[Any, int]:
+def _load(port: int, only_gateways: bool) -> Loaded:
     flags = [f"-DGUE_PORT={port}", f"-DONLY_GATEWAYS={int(only_gateways)}", f"-DMAX_ADDRESSES={MAX_ADDRESSES}"]
     flags += ["-O2", "-Wall", "-Wno-unused-function"]
     loader.ensure_bpffs(pin_directory())
-    bpf, programs = loader.load_programs(bundle.bundle("decap.c"), flags, ["xdplb_decap"])
-    return bpf, programs["xdplb_decap"]
+    return loader.load_programs(bundle.bundle("decap.c"), flags, [PROGRAM])
 
 
 def _pin(interface: str) -> Path:
@@ -139,9 +140,9 @@ def _left_behind(program: int) -> tuple[Path | None, int | None]:
 class _Own:
     """Keeps the maps of this host's addresses and networks right: they come and go with DHCP, SLAAC and operators."""
 
-    def __init__(self, links: Links, bpf: Any) -> None:
+    def __init__(self, links: Links, loaded: Loaded) -> None:
         self._links = links
-        self._bpf = bpf
+        self._loaded = loaded
         self._known: dict[str, set[bytes]] = {"local_addresses": set(), "local_networks": set()}
 
     async def follow(self) -> None:
@@ -167,9 +168,9 @@ class _Own:
         if len(keys) > MAX_ADDRESSES and present != known:
             log.warning("%d %s, of which %d are known here", len(keys), name.replace("_", " "), MAX_ADDRESSES)
         for key in known - present:
-            syscall.delete(_fd(self._bpf, name), key)
+            syscall.delete(self._loaded.fd(name), key)
         for key in present - known:
-            _put(self._bpf, name, key)
+            _put(self._loaded, name, key)
         self._known[name] = present
 
 
@@ -183,15 +184,11 @@ def _trie_key(prefix: IPv4Network | IPv6Network) -> bytes:
     return length.to_bytes(4, "little") + _words(prefix.network_address)
 
 
-def _put(bpf: Any, name: str, key: bytes) -> None:
-    syscall.update(_fd(bpf, name), key, (1).to_bytes(4, "little"))
+def _put(loaded: Loaded, name: str, key: bytes) -> None:
+    syscall.update(loaded.fd(name), key, (1).to_bytes(4, "little"))
 
 
-def _fd(bpf: Any, name: str) -> int:
-    return int(bpf[name.encode()].map_fd)
-
-
-def _counters(bpf: Any) -> str:
-    fields = [name for name, *_ in bpf[b"decap_counters"].sLeaf._fields_]
-    values = syscall.read_per_cpu_value(_fd(bpf, "decap_counters"), 0)
+def _counters(loaded: Loaded) -> str:
+    fields = loaded.fields("decap_counters")
+    values = syscall.read_per_cpu_value(loaded.fd("decap_counters"), 0)
     return ", ".join(f"{name} {value}" for name, value in zip(fields, values, strict=True))

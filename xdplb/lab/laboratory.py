@@ -145,6 +145,7 @@ class Laboratory:
             "XDPLB_RUNTIME_DIRECTORY": str(gateway.directory / "run"),
             "XDPLB_STATE_DIRECTORY": str(gateway.directory / "state"),
             "XDPLB_PIN_DIRECTORY": str(self.pins),
+            "XDPLB_CACHE_DIRECTORY": os.environ.get("XDPLB_CACHE_DIRECTORY", str(gateway.directory / "cache")),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH", "")))),
         }
         return gateway

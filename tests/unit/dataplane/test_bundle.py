@@ -10,7 +10,7 @@ import pytest
 
 from xdplb import abi
 from xdplb.dataplane import bundle
-from xdplb.dataplane.program_maps import LONGEST_NAME
+from xdplb.dataplane.syscall import LONGEST_NAME
 
 GEOMETRY = abi.Geometry(services=16, backends=64, slots=4096, address_buckets=64, intervals=1024)
 FEATURES = abi.Features(*[True] * 9)
@@ -89,7 +89,7 @@ def test_the_abi_hash_changes_with_the_layouts(tmp_path: Path, monkeypatch: pyte
 def test_every_constant_that_the_sources_use_is_defined() -> None:
     """What is written in capitals in the sources comes from a #define, an enum, or the compiler's flags."""
     text = bundle.program_source()
-    flags = bundle.compiler_flags(abi.defines(FEATURES, GEOMETRY), KEY, Path("/pins"))
+    flags = bundle.compiler_flags(abi.defines(FEATURES, GEOMETRY), KEY)
     given = {flag[2:].split("=")[0].split("(")[0] for flag in flags if flag.startswith("-D")}
     for prefix in (*PREFIXES, *FLOW_PREFIXES):
         used = set(re.findall(rf"\b{prefix}[A-Z0-9_]+\b", text))
@@ -98,9 +98,11 @@ def test_every_constant_that_the_sources_use_is_defined() -> None:
         assert used <= given | enumerators | defined
 
 
-def test_the_pins_place_is_a_c_string() -> None:
-    flags = bundle.compiler_flags({}, KEY, Path("/sys/fs/bpf/xdplb/eth0"))
-    assert '-DPIN(name)="/sys/fs/bpf/xdplb/eth0/" name' in flags
+def test_every_map_is_pinned_under_its_name_and_those_of_one_program_beside_those_of_others() -> None:
+    place, text = Path("/sys/fs/bpf/xdplb/eth0/abi"), bundle.program_source()
+    pins = bundle.pins(place, "beef")
+    assert pins == {name: place / name for name in bundle.map_names()} | {"stages": place / "stages-beef"}
+    assert len(pins) == text.count("\nBPF_TABLE_PINNED(")
 
 
 def test_maps_are_told_apart_by_as_much_of_their_names_as_the_kernel_keeps() -> None:
