@@ -44,6 +44,8 @@ settings.register_profile(
 settings.register_profile("others", settings.get_profile("the same examples"), derandomize=False)
 """For whoever searches: `--hypothesis-profile=others`."""
 
+_COMPILED = Path(__file__).resolve().parents[1] / ".bpf_cache"
+"""Programs that any run of tests compiled, here: all runs share them, and what changes is compiled again."""
 _PROBE = "int probe(struct xdp_md *ctx) { return XDP_PASS; }"
 
 
@@ -54,7 +56,7 @@ def pytest_configure() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     for name in filter(_PRIVATE.fullmatch, list(os.environ)):
         del os.environ[name]
-    os.environ.update(LANG="C.UTF-8", TERM="xterm")
+    os.environ.update(LANG="C.UTF-8", TERM="xterm", XDPLB_CACHE_DIRECTORY=str(_COMPILED))
     os.umask(0o022)
     settings.load_profile("the same examples")
     aftermath.begin()

@@ -32,11 +32,13 @@ from xdplb.lab.laboratory import (
     await_until,
 )
 from xdplb.model import Address, Forward
+from xdplb.paths import replace_file
 
 FAST_CHECK = {"type": "http", "path": "/healthz", "interval": "300ms", "fast_interval": "100ms", "timeout": "500ms"}
 NO_CHECK = {"type": "none"}
 VIP = {4: VIP4, 6: VIP6}
 FOREIGN_PROGRAM = "int foreign(struct xdp_md *ctx) { return XDP_PASS; }"
+HASH_KEY = "the-one-of-all-laboratories"
 ATTEMPTS = 64
 """Enough flows to hit each of three backends of the same weight: the chance to miss one is 2 in 100 billion."""
 
@@ -81,9 +83,16 @@ class Balancer:
         self.runtime = Path(lab.gateway.environment["XDPLB_RUNTIME_DIRECTORY"]) / self.interfaces[0]
         self.state = Path(lab.gateway.environment["XDPLB_STATE_DIRECTORY"])
         self.pins = lab.pins / self.interfaces[0]
+        self._keep_hash_key()
         self.process: Process
         self.wrapper: Sequence[str] = ()
         """A command that runs xdplb in surroundings of its own."""
+
+    def _keep_hash_key(self) -> None:
+        """One that all laboratories have: with a key of its own, each would compile a program of its own."""
+        path = self.state / "hash_key"
+        if not path.exists():
+            replace_file(path, HASH_KEY, mode=0o600)
 
     def write(self, *services: dict[str, Any], **more: Any) -> None:
         self.file.write_text(yaml.safe_dump({"services": list(services), **more}))
