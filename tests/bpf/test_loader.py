@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +121,29 @@ def test_maps_layouts_and_programs_are_as_the_source_has_them(bpf_able: None) ->
         assert turns == {bytes([n, 0, 0, 0]): bytes(8 * syscall.possible_cpus()) for n in (0, 1)}
     finally:
         loaded.close()
+
+
+def test_debuggers_know_programs_and_maps(bpf_able: None) -> None:
+    loaded = load()
+    try:
+        assert all(syscall.program_btf(descriptor) for descriptor in loaded.programs.values())
+        for name in DEFINITIONS.keys() - {"stages"}:  # not every kernel has it of arrays of programs
+            assert syscall.map_btf(loaded.fd(name)), name
+    finally:
+        loaded.close()
+
+
+def test_btf_that_is_not_understood_is_left_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = compiler.compile_xdp
+
+    def spoilt(*asked: Any) -> str:
+        return json.dumps(json.loads(real(*asked)) | {"btf": "AAAA"})
+
+    monkeypatch.setattr(compiler, "compile_xdp", spoilt)
+    loaded = load()
+    assert syscall.program_btf(loaded.programs["count"]) == 0
+    assert syscall.test_run(loaded.programs["count"], bytes(64)).verdict == DROP
+    loaded.close()
 
 
 def test_a_source_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

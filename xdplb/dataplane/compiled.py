@@ -29,20 +29,27 @@ _MAP = 1
 
 @dataclass(frozen=True, slots=True)
 class CompiledMap:
-    """`layout` is that of a value, or of what each CPU has of one; None where the compiler cannot describe it."""
+    """`layout` is that of a value, or of what each CPU has of one; None where the compiler cannot describe it. `types`
+    are the numbers of key and value in BTF.
+    """
 
     name: str
     definition: MapDefinition
     layout: np.dtype[Any] | None
+    types: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """`programs` are instructions by name. `compiler` tells compilers apart that might make different ones."""
+    """`programs` are instructions by name. `compiler` tells compilers apart that might make different ones. `btf` is
+    for debuggers, `functions` the programs' numbers there; both may be empty.
+    """
 
     maps: tuple[CompiledMap, ...]
     programs: Mapping[str, bytes]
     compiler: str
+    btf: bytes
+    functions: Mapping[str, int]
 
     @classmethod
     def parse(cls, text: str | bytes) -> Compiled:
@@ -52,11 +59,13 @@ class Compiled:
             maps = tuple(_map(**entry) for entry in parts["maps"])
             programs = {_name(name): _instructions(code, len(maps)) for name, code in parts["programs"].items()}
             compiler = parts["compiler"]
+            btf = base64.b64decode(parts["btf"], validate=True)
+            functions = {_name(name): _number(type_) for name, type_ in parts["functions"].items()}
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"no compiled program: {error!r}") from error
         if not isinstance(compiler, str) or len({entry.name for entry in maps}) != len(maps):
             raise ValueError("no compiled program")
-        return cls(maps, programs, compiler)
+        return cls(maps, programs, compiler, btf, functions)
 
 
 def relocated(instructions: bytes, descriptors: Sequence[int]) -> bytes:
@@ -85,14 +94,15 @@ def _instructions(encoded: str, maps: int) -> bytes:
     return instructions
 
 
-def _map(name: str, definition: Sequence[int], layout: object) -> CompiledMap:
+def _map(name: str, definition: Sequence[int], layout: object, types: Sequence[int] | None) -> CompiledMap:
     if not all(isinstance(number, int) and 0 <= number < 1 << 32 for number in definition):
         raise ValueError(f"{name}: {definition!r} defines no map")
     made = MapDefinition(*definition)
     dtype = _dtype(layout) if layout is not None else None
     if dtype is not None and dtype.itemsize != made.value_size:
         raise ValueError(f"{name}: a value has {made.value_size} bytes, its layout {dtype.itemsize}")
-    return CompiledMap(_name(name), made, dtype)
+    key, value = types or (0, 0)
+    return CompiledMap(_name(name), made, dtype, (_number(key), _number(value)) if types else None)
 
 
 def _dtype(layout: object) -> np.dtype[Any]:

@@ -18,12 +18,12 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xdplb.dataplane import bundle
+from xdplb.dataplane import btf, bundle, syscall
 from xdplb.errors import CompileError, NotCapable, NotPrivileged
 
 _HERE = str(Path(__file__).resolve().parents[2])
@@ -150,6 +150,8 @@ def _compiled(bcc: Any, made: Any, functions: Sequence[str]) -> dict[str, Any]:
     """bcc has made the maps that it knows of: their descriptors stand in the instructions, and are replaced here."""
     library, module = bcc.lib, ctypes.c_void_p(made.module)
     library.bpf_table_name.restype = ctypes.c_char_p
+    data = next(map(syscall.btf_data, _descriptors_of_btf()), b"")
+    types = btf.names(data)
     places, maps = {}, []
     for place in range(library.bpf_num_tables(module)):
         at = ctypes.c_size_t(place)
@@ -165,9 +167,29 @@ def _compiled(bcc: Any, made: Any, functions: Sequence[str]) -> dict[str, Any]:
         ]
         kind = bcc.BPF._decode_table_type(json.loads(library.bpf_table_leaf_desc(module, name)))
         layout = _layout(kind) if ctypes.sizeof(kind) == size else None  # bcc forgets dimensions of arrays
-        maps.append({"name": name.decode(), "definition": definition, "layout": layout})
+        maps.append(
+            {
+                "name": name.decode(),
+                "definition": definition,
+                "layout": layout,
+                "types": btf.members(data, types.get((btf.STRUCT, f"____btf_map_{name.decode()}"))),
+            }
+        )
     programs = {name: _with_places(made.dump_func(name.encode()), places) for name in functions}
-    return {"maps": maps, "programs": {name: base64.b64encode(code).decode() for name, code in programs.items()}}
+    return {
+        "maps": maps,
+        "programs": {name: base64.b64encode(code).decode() for name, code in programs.items()},
+        "btf": base64.b64encode(data).decode(),
+        "functions": {name: types[btf.FUNCTION, name] for name in functions if (btf.FUNCTION, name) in types},
+    }
+
+
+def _descriptors_of_btf() -> Iterator[int]:
+    """bcc loads it and keeps it open, but hands it to nobody."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if str(entry.readlink()) == "anon_inode:btf":
+                yield int(entry.name)
 
 
 def _with_places(instructions: bytes, places: Mapping[int, int]) -> bytes:

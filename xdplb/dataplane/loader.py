@@ -15,8 +15,8 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ COUNTER_MAPS = ("backend_counters", "drop_counters", "verdict_counters", "flow_c
 STAGES = "stages"
 """The map of programs that tail calls go to."""
 BPFFS = Path("/sys/fs/bpf")
-_FORMAT = 1
+_FORMAT = 2
 """Of compiled programs in files; to be raised whenever `compiler` makes others of the same source."""
 
 
@@ -252,13 +252,41 @@ def load_programs(
     Errors as `open_dataplane` has them.
     """
     compiled = _compiled(source, flags, functions)
-    descriptors, pinned = _open_maps(compiled.maps, pins or {})
+    with _btf(compiled) as types:
+        return _load(compiled, source, flags, pins or {}, program_flags, types)
+
+
+@contextmanager
+def _btf(compiled: Compiled) -> Iterator[int | None]:
+    """Its descriptor, while maps and programs are made. It is for debuggers: a kernel that does not take it loads all
+    the same.
+    """
+    descriptor = None
+    with suppress(OSError):
+        descriptor = syscall.load_btf(compiled.btf)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _load(
+    compiled: Compiled,
+    source: str,
+    flags: Sequence[str],
+    pins: Mapping[str, Path],
+    program_flags: int,
+    types: int | None,
+) -> Loaded:
+    descriptors, pinned = _open_maps(compiled.maps, pins, types)
     programs: dict[str, int] = {}
     try:
         for name, instructions in compiled.programs.items():
             code = relocated(instructions, list(descriptors.values()))
+            known = (types, compiled.functions[name]) if types is not None and name in compiled.functions else None
             try:
-                programs[name] = syscall.load_xdp(code, name, program_flags)
+                programs[name] = syscall.load_xdp(code, name, program_flags, known)
             except OSError as error:
                 said = compiler.rejection(source, flags, name) or syscall.verifier_log(code, program_flags)
                 raise compiler.failure(str(error.strerror), said) from error
@@ -300,7 +328,9 @@ def _parsed(text: bytes | None) -> Compiled | None:
     return None
 
 
-def _open_maps(maps: Sequence[CompiledMap], pins: Mapping[str, Path]) -> tuple[dict[str, int], list[Path]]:
+def _open_maps(
+    maps: Sequence[CompiledMap], pins: Mapping[str, Path], types: int | None
+) -> tuple[dict[str, int], list[Path]]:
     """Descriptors by name, in that order, and the pins that are new. Nothing is made where a pin is in the way."""
     found: dict[str, int] = {}
     pinned: list[Path] = []
@@ -310,7 +340,7 @@ def _open_maps(maps: Sequence[CompiledMap], pins: Mapping[str, Path]) -> tuple[d
                 found[entry.name] = descriptor
         for entry in maps:
             if entry.name not in found:
-                found[entry.name] = _make(entry, pins.get(entry.name))
+                found[entry.name] = _make(entry, pins.get(entry.name), types)
                 if entry.name in pins:
                     pinned.append(pins[entry.name])
     except BaseException:
@@ -322,9 +352,9 @@ def _open_maps(maps: Sequence[CompiledMap], pins: Mapping[str, Path]) -> tuple[d
     return {entry.name: found[entry.name] for entry in maps}, pinned
 
 
-def _make(entry: CompiledMap, pin: Path | None) -> int:
+def _make(entry: CompiledMap, pin: Path | None, types: int | None) -> int:
     try:
-        descriptor = syscall.create_map(entry.name, entry.definition)
+        descriptor = _made(entry, types)
     except OSError as error:
         raise compiler.failure(f"the map {entry.name} cannot be made: {error.strerror}") from error
     try:
@@ -334,6 +364,13 @@ def _make(entry: CompiledMap, pin: Path | None) -> int:
         os.close(descriptor)
         raise compiler.failure(f"the map {entry.name} cannot be pinned: {pin}: {error.strerror}") from error
     return descriptor
+
+
+def _made(entry: CompiledMap, types: int | None) -> int:
+    if types is not None and entry.types is not None:
+        with suppress(OSError):  # not every kind of map takes BTF
+            return syscall.create_map(entry.name, entry.definition, (types, *entry.types))
+    return syscall.create_map(entry.name, entry.definition)
 
 
 def _pinned(entry: CompiledMap, path: Path) -> int | None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "ppc64le": 361, "s390x": 351}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_GET_NEXT_KEY, _PROG_LOAD, _OBJ_PIN, _OBJ_GET = range(8)
 _PROG_TEST_RUN, _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _INFO_BY_FD = 10, 13, 14, 15
-_LOOKUP_BATCH, _PROG_BIND_MAP = 24, 35
+_BTF_LOAD, _LOOKUP_BATCH, _PROG_BIND_MAP = 18, 24, 35
 
 _XDP = 6
 _PER_CPU = {5, 6, 10, 21}
@@ -60,6 +60,9 @@ class _MapCreate(ctypes.Structure):
         ("numa_node", ctypes.c_uint32),
         ("map_name", ctypes.c_char * 16),
         ("map_ifindex", ctypes.c_uint32),
+        ("btf_fd", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
     )
 
 
@@ -90,7 +93,38 @@ class _ProgLoad(ctypes.Structure):
         ("prog_name", ctypes.c_char * 16),
         ("prog_ifindex", ctypes.c_uint32),
         ("expected_attach_type", ctypes.c_uint32),
-        ("rest", ctypes.c_uint8 * 72),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("func_info", ctypes.c_uint64),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("rest", ctypes.c_uint8 * 52),
+    )
+
+
+class _FunctionInfo(ctypes.Structure):
+    """struct bpf_func_info: from which instruction on a function is which one of BTF's."""
+
+    _fields_ = (("insn_off", ctypes.c_uint32), ("type_id", ctypes.c_uint32))
+
+
+class _BtfLoad(ctypes.Structure):
+    _fields_ = (
+        ("btf", ctypes.c_uint64),
+        ("btf_log_buf", ctypes.c_uint64),
+        ("btf_size", ctypes.c_uint32),
+        ("btf_log_size", ctypes.c_uint32),
+        ("btf_log_level", ctypes.c_uint32),
+    )
+
+
+class _BtfInfo(ctypes.Structure):
+    _fields_ = (
+        ("btf", ctypes.c_uint64),
+        ("btf_size", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("name", ctypes.c_uint64),
+        ("name_len", ctypes.c_uint32),
+        ("kernel_btf", ctypes.c_uint32),
     )
 
 
@@ -107,7 +141,9 @@ class _MapInfo(ctypes.Structure):
         ("max_entries", ctypes.c_uint32),
         ("map_flags", ctypes.c_uint32),
         ("name", ctypes.c_char * 16),
-        ("rest", ctypes.c_uint8 * 64),
+        ("device", ctypes.c_uint8 * 24),
+        ("btf_id", ctypes.c_uint32),
+        ("rest", ctypes.c_uint8 * 36),
     )
 
 
@@ -120,7 +156,9 @@ class _ProgInfo(ctypes.Structure):
         ("nr_map_ids", ctypes.c_uint32),
         ("map_ids", ctypes.c_uint64),
         ("name", ctypes.c_char * 16),
-        ("rest", ctypes.c_uint8 * 152),
+        ("jited", ctypes.c_uint8 * 48),
+        ("btf_id", ctypes.c_uint32),
+        ("rest", ctypes.c_uint8 * 100),
     )
 
 
@@ -181,25 +219,43 @@ def get(path: Path) -> int:
     return _bpf(_OBJ_GET, _Object(ctypes.addressof(name), 0, 0))
 
 
-def load_xdp(instructions: bytes, name: str = "", flags: int = 0) -> int:
+def load_btf(types: bytes) -> int:
+    """A descriptor of BTF: what debuggers know of the types of maps and programs."""
+    data = ctypes.create_string_buffer(types, len(types))
+    return _bpf(_BTF_LOAD, _BtfLoad(btf=ctypes.addressof(data), btf_size=len(types)))
+
+
+def btf_data(descriptor: int) -> bytes:
+    info = _BtfInfo()
+    _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
+    data = ctypes.create_string_buffer(info.btf_size)
+    info = _BtfInfo(btf=ctypes.addressof(data), btf_size=info.btf_size)
+    _bpf(_INFO_BY_FD, _Info(descriptor, ctypes.sizeof(info), ctypes.addressof(info)))
+    return data.raw
+
+
+def load_xdp(instructions: bytes, name: str = "", flags: int = 0, btf: tuple[int, int] | None = None) -> int:
     """A descriptor of an XDP program made of these instructions. `flags` as the kernel has them: BPF_F_XDP_HAS_FRAGS…
+    `btf`: a descriptor, and the number of the function there.
 
     `verifier_log` tells why it was refused.
     """
-    return _load_xdp(instructions, name, flags, None)
+    return _load_xdp(instructions, name, flags, btf, None)
 
 
 def verifier_log(instructions: bytes, flags: int = 0) -> str:
     """What the verifier says of instructions that it rejects; nothing of those that it takes."""
     log = ctypes.create_string_buffer(_LONGEST_LOG)
     try:
-        os.close(_load_xdp(instructions, "", flags, log))
+        os.close(_load_xdp(instructions, "", flags, None, log))
     except OSError:
         return log.value.decode(errors="replace")
     return ""
 
 
-def _load_xdp(instructions: bytes, name: str, flags: int, log: ctypes.Array[ctypes.c_char] | None) -> int:
+def _load_xdp(
+    instructions: bytes, name: str, flags: int, btf: tuple[int, int] | None, log: ctypes.Array[ctypes.c_char] | None
+) -> int:
     code, license_ = ctypes.create_string_buffer(instructions, len(instructions)), ctypes.create_string_buffer(b"GPL")
     attributes = _ProgLoad(
         prog_type=_XDP,
@@ -209,6 +265,10 @@ def _load_xdp(instructions: bytes, name: str, flags: int, log: ctypes.Array[ctyp
         prog_flags=flags,
         prog_name=name[:LONGEST_NAME].encode("ascii"),
     )
+    if btf is not None:
+        attributes.prog_btf_fd, function = btf[0], _FunctionInfo(0, btf[1])
+        attributes.func_info, attributes.func_info_cnt = ctypes.addressof(function), 1
+        attributes.func_info_rec_size = ctypes.sizeof(function)
     if log is not None:
         attributes.log_level, attributes.log_size = _LOG_OF_A_REJECTION, len(log)
         attributes.log_buf = ctypes.addressof(log)
@@ -244,6 +304,11 @@ def program_by_id(program: int) -> int:
 
 def program_id(descriptor: int) -> int:
     return int(_program_info(descriptor).id)
+
+
+def program_btf(descriptor: int) -> int:
+    """The id of its BTF; 0 where it has none."""
+    return int(_program_info(descriptor).btf_id)
 
 
 def program_name(descriptor: int) -> str:
@@ -288,12 +353,14 @@ class MapDefinition:
     flags: int
 
 
-def create_map(name: str, definition: MapDefinition) -> int:
-    """A descriptor of a new map."""
+def create_map(name: str, definition: MapDefinition, btf: tuple[int, int, int] | None = None) -> int:
+    """A descriptor of a new map. `btf`: a descriptor, and the numbers of the key's type and the value's there."""
     attributes = _MapCreate(
         definition.type, definition.key_size, definition.value_size, definition.max_entries, definition.flags
     )
     attributes.map_name = name[:LONGEST_NAME].encode("ascii")
+    if btf is not None:
+        attributes.btf_fd, attributes.btf_key_type_id, attributes.btf_value_type_id = btf
     return _bpf(_MAP_CREATE, attributes)
 
 
@@ -311,6 +378,11 @@ def map_shape(descriptor: int) -> MapShape:
 
 def map_id(descriptor: int) -> int:
     return int(_map_info(descriptor).id)
+
+
+def map_btf(descriptor: int) -> int:
+    """The id of its BTF; 0 where it has none."""
+    return int(_map_info(descriptor).btf_id)
 
 
 def map_name(descriptor: int) -> str:

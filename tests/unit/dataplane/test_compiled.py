@@ -36,11 +36,13 @@ SERVICE = {"size": 16, "fields": [["flags", 0, "<u4"], ["mac", 4, ["<u1", 6]], [
 GOOD: dict[str, Any] = {
     "compiler": "clang",
     "maps": [
-        {"name": "services", "definition": [ARRAY, 4, 16, 17, 1024], "layout": SERVICE},
-        {"name": "loads", "definition": [ARRAY, 4, 8, 5, 0], "layout": "<u8"},
-        {"name": "unknown", "definition": [ARRAY, 4, 8, 5, 0], "layout": None},
+        {"name": "services", "definition": [ARRAY, 4, 16, 17, 1024], "layout": SERVICE, "types": [2, 9]},
+        {"name": "loads", "definition": [ARRAY, 4, 8, 5, 0], "layout": "<u8", "types": [2, 3]},
+        {"name": "unknown", "definition": [ARRAY, 4, 8, 5, 0], "layout": None, "types": None},
     ],
     "programs": {"first": encoded(load(1, 1) + MOVE + EXIT), "second": encoded(MOVE + EXIT)},
+    "btf": encoded(b"types"),
+    "functions": {"first": 7},
 }
 
 
@@ -57,6 +59,8 @@ def test_values() -> None:
         }
     )
     assert [entry.layout for entry in compiled.maps[1:]] == [np.dtype("<u8"), None]
+    assert [entry.types for entry in compiled.maps] == [(2, 9), (2, 3), None]
+    assert (compiled.btf, compiled.functions) == (b"types", {"first": 7})
     assert compiled.programs == {"first": load(1, 1) + MOVE + EXIT, "second": MOVE + EXIT}
 
 
@@ -114,6 +118,12 @@ def broken(path: list[Any], value: object) -> str:
         (["programs", "first"], encoded(MOVE + load(1, 0)[:8])),
         (["programs", "first"], 7),
         (["compiler"], None),
+        (["btf"], None),
+        (["btf"], "?"),
+        (["functions"], {"first": -7}),
+        (["functions"], {"first": "7"}),
+        (["maps", 1, "types"], [1]),
+        (["maps", 1, "types"], [1, None]),
     ],
 )
 def test_what_is_not_of_the_form_is_refused(path: list[Any], value: object) -> None:
