@@ -202,9 +202,21 @@ struct tail_call {
 	__u32 service;
 	__u32 kind; /* enum answer */
 	__u32 mtu;  /* for "too big" */
+	__u32 pad;
+};
+
+/* Where the headers of a packet are and what they say, while the verifier looks away (parse.h). */
+struct found {
+	__u32 parsed; /* enum parsed */
+	__u32 pad;
 	__u32 link_length;
 	__u32 transport_offset;
-	__u32 pad;
+	__u32 length;
+	__u32 transport_length;
+	__u32 fragment_id;
+	__u32 version;
+	__u32 protocol;
+	__u32 fragment;
 };
 
 /* What xdplb_explain sees of a packet's way. Ids are 0 where there is none. */

@@ -96,7 +96,7 @@ static __always_inline bool is_in_use(__u64 word, __u32 tick, const __u64 openin
 {
 	const __u64 limits = opening << 12 * FLOW_OPENING | (__u64)(TIMEOUT_REUSE) << 12 * FLOW_ESTABLISHED;
 
-	return mask_less(idle_ticks(word, tick), limits >> 12 * FLOW_STATE(word) & 0xfff);
+	return is_less(idle_ticks(word, tick), limits >> 12 * FLOW_STATE(word) & 0xfff);
 }
 
 /*

@@ -14,6 +14,7 @@
 #ifndef XDPLB_FLOW_CACHE_H
 #define XDPLB_FLOW_CACHE_H
 
+#include "branchless.h"
 #include "count.h"
 #include "maps.h"
 #include "parse.h"
@@ -55,27 +56,6 @@ static __always_inline __u32 current_tick(void)
 	static __u64 (*jiffies64)(void) = (void *)118;
 
 	return jiffies64() >> TICK_SHIFT;
-}
-
-/*
- * Comparisons without a branch: with eight ways and a branch for each, or one for each kind of packet, the verifier would
- * follow every combination. The barriers keep clang from seeing what is meant, and putting the branches back.
- */
-static __always_inline __u64 is_zero(__u64 x)
-{
-	__u64 sign = ~(x | -x);
-
-	asm volatile("" : "+r"(sign));
-	return sign >> 63;
-}
-
-/* All ones where a < b, else 0; for numbers below 2^63. */
-static __always_inline __u64 mask_less(__u64 a, __u64 b)
-{
-	__s64 difference = a - b;
-
-	asm volatile("" : "+r"(difference));
-	return difference >> 63;
 }
 
 /* The states of TCP flows by the flags FIN, SYN and RST, which are the lowest three: two bits for each combination. */
@@ -161,14 +141,12 @@ static __always_inline struct flow_set *find_set(const struct flow *flow)
 /* The place in the set where the flow is remembered; WAYS where it is not. One of no backend, which a free word is, is none. */
 static __always_inline __u32 find_flow(const struct flow_set *set, __u32 fingerprint)
 {
-	__u64 place = WAYS, match;
+	__u64 found = 0;
 
 #pragma unroll
-	for (int i = 0; i < WAYS; i++) {
-		match = mask_less((set->flow[i] >> 32) ^ fingerprint, 1);
-		place ^= (place ^ i) & match;
-	}
-	return place;
+	for (int i = 0; i < WAYS; i++)
+		found |= is_less((set->flow[i] >> 32) ^ fingerprint, 1) << i;
+	return lowest_bit(found);
 }
 
 static __always_inline __u64 *way(struct flow_set *set, __u32 place)
@@ -194,7 +172,7 @@ static __always_inline __u64 score(__u64 word, __u32 tick, const __u64 timeouts)
 	__u64 idle = idle_ticks(word, tick);
 	__u64 timeout = timeouts >> 12 * FLOW_STATE(word) & 0xfff;
 
-	return is_zero(word) * SCORE_FREE | (mask_less(timeout, idle) & SCORE_IDLE) |
+	return is_zero(word) * SCORE_FREE | is_less(timeout, idle) * SCORE_IDLE |
 	       (is_zero(FLOW_STATE(word) ^ FLOW_OPENING) & ~is_zero(idle)) * SCORE_OPENING | idle;
 }
 
@@ -210,18 +188,18 @@ static __always_inline bool within_budget(__u32 tick)
 	return budget->used++ < FLOW_BUDGET;
 }
 
-/* The most dispensable one of a set: its score, and its place in the lowest three bits. */
+/* The more dispensable one of two neighbours: its score, and its place in the lowest three bits. */
+static __always_inline __u64 rank_pair(const struct flow_set *set, __u32 first, __u32 tick, const __u64 timeouts)
+{
+	return larger(score(set->flow[first], tick, timeouts) << 3 | first,
+		      score(set->flow[first + 1], tick, timeouts) << 3 | (first + 1));
+}
+
+/* The most dispensable one of a set. */
 static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick, const __u64 timeouts)
 {
-	__u64 best = 0, ranked, better;
-
-#pragma unroll
-	for (int i = 0; i < WAYS; i++) {
-		ranked = score(set->flow[i], tick, timeouts) << 3 | i;
-		better = mask_less(best, ranked);
-		best = (best & ~better) | (ranked & better);
-	}
-	return best;
+	return larger(larger(rank_pair(set, 0, tick, timeouts), rank_pair(set, 2, tick, timeouts)),
+		      larger(rank_pair(set, 4, tick, timeouts), rank_pair(set, 6, tick, timeouts)));
 }
 
 /*

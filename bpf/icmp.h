@@ -66,6 +66,7 @@ static __always_inline bool parse_quoted_ipv6(const struct packet *p, struct quo
 {
 	struct ipv6hdr *ip = q->network;
 	struct ipv6_extension *extension;
+	__u64 cut;
 
 	if ((void *)(ip + 1) > p->end || *(__u8 *)ip >> 4 != 6)
 		return false;
@@ -82,13 +83,10 @@ static __always_inline bool parse_quoted_ipv6(const struct packet *p, struct quo
 			return true;
 		if ((void *)(extension + 1) > p->end)
 			return false;
-		if (q->protocol == IPPROTO_FRAGMENT) {
-			if (((struct ipv6_fragment *)extension)->offset & be16(IP6_OFFSET))
-				return false;
-			q->transport += sizeof(*extension);
-		} else {
-			q->transport += sizeof(*extension) + extension->length * 8;
-		}
+		cut = is_zero(q->protocol ^ IPPROTO_FRAGMENT);
+		if (cut * (((struct ipv6_fragment *)extension)->offset & be16(IP6_OFFSET)))
+			return false;
+		q->transport += extension_length(extension, cut);
 		q->protocol = extension->next_header;
 	}
 	return true;

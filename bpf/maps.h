@@ -57,6 +57,7 @@ BPF_TABLE_PINNED("array", __u32, struct probe_way, probe_ways, MAX_PROBES, PIN("
 BPF_TABLE_PINNED("array", __u32, __u32, direct_seen, BACKENDS + 1, PIN("direct_seen"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
+BPF_TABLE_PINNED("percpu_array", __u32, struct found, founds, 1, PIN("founds"), 0);
 BPF_TABLE_PINNED("prog", __u32, __u32, stages, STAGE_COUNT, PIN_OF_PROGRAM("stages"), 0);
 
 #endif

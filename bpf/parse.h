@@ -9,6 +9,7 @@
 #ifndef XDPLB_PARSE_H
 #define XDPLB_PARSE_H
 
+#include "branchless.h"
 #include "frame.h"
 #include "maps.h"
 
@@ -119,11 +120,24 @@ static __always_inline enum parsed parse_ipv4(struct packet *p, const bool full)
 	return PARSED;
 }
 
-/* Steps over one extension header; PARSE_OTHER where the transport header is reached. */
+/* An extension header's length; `cut` is 1 for a fragment header, which has no field for that. With a bound to see. */
+static __always_inline __u32 extension_length(const struct ipv6_extension *extension, __u64 cut)
+{
+	__u64 more = extension->length * 8 * (1 - cut);
+
+	asm volatile("" : "+r"(more));
+	return sizeof(*extension) + (more & 255 * 8);
+}
+
+/*
+ * Steps over one extension header; PARSE_OTHER where the transport header is reached. No branch tells the fragment header from
+ * others, or the verifier would follow all orders that they can come in.
+ */
 static __always_inline enum parsed parse_extension(struct packet *p)
 {
 	struct ipv6_extension *extension = p->transport;
 	struct ipv6_fragment *fragment = p->transport;
+	__u64 cut, first, later;
 	__u32 length;
 
 	switch (p->protocol) {
@@ -137,16 +151,12 @@ static __always_inline enum parsed parse_extension(struct packet *p)
 	}
 	if ((void *)(extension + 1) > p->end)
 		return PARSE_MALFORMED;
-	length = sizeof(*extension);
-	if (p->protocol == IPPROTO_FRAGMENT) {
-		p->fragment_id = fragment->id;
-		if (fragment->offset & be16(IP6_OFFSET))
-			p->fragment = LATER_FRAGMENT;
-		else if (fragment->offset & be16(IP6_MF))
-			p->fragment = FIRST_FRAGMENT;
-	} else {
-		length += extension->length * 8;
-	}
+	cut = is_zero(p->protocol ^ IPPROTO_FRAGMENT);
+	later = cut & ~is_zero(fragment->offset & be16(IP6_OFFSET));
+	first = cut & ~is_zero(fragment->offset & be16(IP6_MF));
+	p->fragment = either(later, LATER_FRAGMENT, p->fragment | first * FIRST_FRAGMENT);
+	p->fragment_id = either(cut, fragment->id, p->fragment_id);
+	length = extension_length(extension, cut);
 	if (length > p->transport_length)
 		return PARSE_MALFORMED;
 	p->protocol = extension->next_header;
@@ -187,26 +197,42 @@ static __always_inline enum parsed parse_ipv6(struct packet *p, const bool full)
 
 /*
  * Forgets how the headers were found. Otherwise the verifier follows every combination of tags, options and extension headers
- * to the end of the program, each apart, and gives up. By way of memory the offsets become plain bounded numbers.
+ * to the end of the program, each apart, and gives up. By way of memory all become plain bounded numbers.
  */
-static __always_inline enum parsed forget_path(struct packet *p)
+static __always_inline enum parsed forget_path(struct packet *p, enum parsed parsed)
 {
 	void *start = frame_start(p->ctx);
-	__u32 zero = 0, link_length, transport_offset;
-	struct tail_call *call = tail_calls.lookup(&zero);
+	__u32 zero = 0;
+	struct found *found = founds.lookup(&zero), now;
 
-	if (!call)
-		return PARSE_MALFORMED;
-	call->link_length = p->link_length;
-	call->transport_offset = p->transport - start;
+	if (!found)
+		return PARSE_OTHER;
+	*found = (struct found){
+		.parsed = parsed,
+		.link_length = p->link_length,
+		.transport_offset = p->transport - start,
+		.length = p->length,
+		.transport_length = p->transport_length,
+		.fragment_id = p->fragment_id,
+		.version = p->version,
+		.protocol = p->protocol,
+		.fragment = p->fragment,
+	};
 	asm volatile("" : : : "memory");
-	link_length = call->link_length;
-	transport_offset = call->transport_offset;
-	if (link_length > sizeof(struct ethhdr) + MAX_TAGS * sizeof(struct vlan_tag) || transport_offset > MAX_TRANSPORT_OFFSET)
+	now = *found;
+	if (now.link_length > sizeof(struct ethhdr) + MAX_TAGS * sizeof(struct vlan_tag))
+		return PARSE_OTHER;
+	p->link_length = now.link_length;
+	p->network = start + now.link_length;
+	p->length = now.length;
+	p->transport_length = now.transport_length;
+	p->fragment_id = now.fragment_id;
+	p->version = now.version;
+	p->protocol = now.protocol;
+	p->fragment = now.fragment;
+	if (now.parsed != PARSED || now.transport_offset > MAX_TRANSPORT_OFFSET)
 		return PARSE_MALFORMED;
-	p->link_length = link_length;
-	p->network = start + link_length;
-	p->transport = start + transport_offset;
+	p->transport = start + now.transport_offset;
 	if (p->network + (p->version == 4 ? sizeof(struct ipv4hdr) : sizeof(struct ipv6hdr)) > p->end)
 		return PARSE_MALFORMED;
 	return PARSED;
@@ -257,7 +283,7 @@ static __always_inline enum parsed parse_network(struct packet *p, struct xdp_md
 {
 	enum parsed parsed = parse_headers(p, ctx, full);
 
-	return full && parsed == PARSED ? forget_path(p) : parsed;
+	return full && parsed != PARSE_OTHER ? forget_path(p, parsed) : parsed;
 }
 
 static __always_inline enum parsed parse_tcp(struct packet *p)

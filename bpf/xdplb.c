@@ -18,6 +18,7 @@
  * from xdplb/abi.py by -D; a part whose HAVE_* is 0 is not in the program.
  */
 #include "abi.h"
+#include "branchless.h"
 #include "maps.h"
 #include "frame.h"
 #include "hash.h"
