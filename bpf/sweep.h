@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * What time does to remembered flows. The control plane has `xdplb_sweep` go through the cache, by test runs; it stands here
- * because only a program can change a word and the backend's count as one.
+ * What time and the removal of a backend do to remembered flows. The control plane has `xdplb_sweep` go through the cache, and
+ * `xdplb_forget` look at the words that it names, by test runs. Both stand here because only a program can change a word that
+ * packets change as well, and the backend's count with it.
  */
 #ifndef XDPLB_SWEEP_H
 #define XDPLB_SWEEP_H
@@ -39,21 +40,31 @@ static __always_inline __u64 aged(__u64 word, __u32 tick)
 	return service && is_kept(service, word) ? word & ~FLOW_COUNTED : 0;
 }
 
+/* The word of a flow whose backend was removed, where the client is to be told. It counts for none. */
+static __always_inline __u64 orphaned(__u64 word)
+{
+	return (word & ~(FLOW_COUNTED | 0x1ffffULL << 14)) | (__u64)BACKEND_GONE << 14;
+}
+
+/* By number: the flow cache's sets, and behind them those of SNAT mappings. */
+static __always_inline struct flow_set *any_set(__u32 index)
+{
+	struct flow_set *set = flow_sets.lookup(&index);
+
+	index -= FLOW_SETS;
+	return set ? set : snat_sets.lookup(&index);
+}
+
 /* One set, the next each time. */
 static __always_inline void sweep_set(void)
 {
-	__u32 zero = 0, *position = sweep_position.lookup(&zero), tick = current_tick(), index;
+	__u32 zero = 0, *position = sweep_position.lookup(&zero), tick = current_tick();
 	struct flow_set *set;
 	__u64 word, fresh;
 
 	if (!position)
 		return;
-	index = (*position)++ % (FLOW_SETS + SNAT_SETS);
-	set = index < FLOW_SETS ? flow_sets.lookup(&index) : NULL;
-	if (HAVE_FULL_NAT && !set) {
-		index -= FLOW_SETS;
-		set = snat_sets.lookup(&index);
-	}
+	set = any_set((*position)++ % (FLOW_SETS + SNAT_SETS));
 	if (!set)
 		return;
 	for (int i = 0; i < WAYS; i++) {
@@ -61,6 +72,26 @@ static __always_inline void sweep_set(void)
 		fresh = word ? aged(word, tick) : 0;
 		if (fresh != word)
 			replace_flow(&set->flow[i], word, fresh);
+	}
+}
+
+/*
+ * The flows of a removed backend, in place of a frame. Its entry is empty already, so no packet writes it into a word any
+ * more; but packets move its flows to other backends meanwhile, and those words stay as they are.
+ */
+static __always_inline void forget_backend(const struct removal *removal)
+{
+	struct flow_set *set;
+	__u64 *place, word;
+
+	for (int i = 0; i < REMOVAL_PLACES; i++) {
+		set = any_set(removal->place[i] / WAYS);
+		if (!set)
+			return;
+		place = way(set, removal->place[i]);
+		word = *place;
+		if (FLOW_BACKEND(word) == removal->backend)
+			replace_flow(place, word, removal->orphans ? orphaned(word) : 0);
 	}
 }
 

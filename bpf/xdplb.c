@@ -11,7 +11,7 @@
  *   xdplb_full_nat, and its _reply, _icmp and _icmp_reply: that forward mode, both ways
  *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
  *   xdplb_answer            makes the balancer's own replies
- *   xdplb_sweep             sees no packet: the control plane runs it to age the flow cache
+ *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
  *   xdplb_explain           sees the packets that the control plane makes up
  *
  * bcc compiles all files as one (xdplb/dataplane/bundle.py): `map.lookup()` is its C. HAVE_*, STAGE_* and other constants come
@@ -280,6 +280,16 @@ int xdplb_probe_reply(struct xdp_md *ctx)
 int xdplb_sweep(struct xdp_md *ctx)
 {
 	sweep_set();
+	return XDP_PASS;
+}
+
+int xdplb_forget(struct xdp_md *ctx)
+{
+	struct removal *removal = frame_start(ctx);
+
+	if ((void *)(removal + 1) > frame_end(ctx))
+		return XDP_ABORTED;
+	forget_backend(removal);
 	return XDP_PASS;
 }
 

@@ -39,6 +39,8 @@ MAX_BACKEND_IDS = 1 << 17
 """What fits a remembered flow's word."""
 BACKEND_GONE = MAX_BACKEND_IDS - 1
 """No backend's id: in place of one that was removed, where that matters."""
+REMOVAL_PLACES = 256
+"""Of how many remembered flows one run of `xdplb_forget` takes a removed backend."""
 
 
 class ForwardCode(enum.IntEnum):
@@ -239,6 +241,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
         "BACKEND_GONE": BACKEND_GONE,
         "FLOW_WRAPPING": FLOW_WRAPPING,
+        "REMOVAL_PLACES": REMOVAL_PLACES,
         "LISTENING_WORDS": LISTENING_WORDS,
         "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,

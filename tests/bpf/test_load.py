@@ -50,7 +50,7 @@ def test_it_loads(pins: None, words: str) -> None:
     plane = loader.open_dataplane(features(words), GEOMETRY, KEY, PIN_ROOT / "load")
     try:
         stages = {f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
-        assert set(plane.programs) == {"xdplb", "xdplb_sweep", "xdplb_explain", "xdplb_probe"} | stages
+        assert set(plane.programs) == {"xdplb", "xdplb_sweep", "xdplb_forget", "xdplb_explain", "xdplb_probe"} | stages
         for version in (4, 6):
             packet = bytes(frame(tcp()(Flow(CLIENT[version], CLIENT[version]))))
             result = syscall.test_run(plane.program_fd, packet)

@@ -155,7 +155,7 @@ def _name(frame: bytes) -> str:
 
 
 class Replay:
-    """One trace through one program. `flood` sends that many ticks' worth of spoofed SYNs."""
+    """One trace through one program. `flood` sends so many spoofed SYNs."""
 
     def __init__(
         self, outcome: Outcome, program: int, pool: Pool, seed: int, flood: Callable[[int], None] | None
@@ -188,7 +188,7 @@ class Replay:
                 self._settle()
                 settled = now
             if self._flood is not None and now - flooded >= _FLOOD_EVERY:
-                self._flood(_FLOOD_EVERY)
+                self._flood(_FLOOD_EVERY * FLOOD_PER_TICK)
                 flooded = now
                 spoofed += _FLOOD_EVERY * FLOOD_PER_TICK
             last = number + 1 == len(times[flow])
@@ -299,21 +299,22 @@ def replay(
             )
             kept.callback(loaded.close)
             program = loaded.programs["conventional"]
-        sender = _flooder(program, kept) if flood else None
+        sender = flooder(program, kept, _frame(0, _SYN)) if flood else None
         return Replay(Outcome(name, flows), program, Pool(engine, seed), seed, sender).run(ticks, changes)
 
 
-def _flooder(program: int, kept: ExitStack) -> Callable[[int], None]:
-    """Sends SYNs of flows that are not in the trace, from inside the kernel."""
+def flooder(program: int, kept: ExitStack, frame: bytes, flows: int = 1 << 24) -> Callable[[int], None]:
+    """Sends so many packets like `frame`, of flows drawn from a power of two of them that is not in the trace, from
+    inside the kernel.
+    """
     loaded = loader.load_programs(bundle.bundle("bench.c"), ["-O2"], ["bench_wrap"])
     kept.callback(loaded.close)
     syscall.update(loaded.fd("targets"), bytes(4), program.to_bytes(4, "little"))
-    header = _frame(0, _SYN).ljust(80, b"\0")
-    numbers = b"".join(number.to_bytes(4, "little") for number in ((1 << 24) - 1, 0, 128, 0))
-    syscall.update(loaded.fd("bench_case"), bytes(4), header + numbers)
+    numbers = b"".join(number.to_bytes(4, "little") for number in (flows - 1, 0, 128, 0))
+    syscall.update(loaded.fd("bench_case"), bytes(4), frame.ljust(80, b"\0") + numbers)
 
-    def send(ticks: int) -> None:
-        syscall.test_run(loaded.programs["bench_wrap"], bytes(128), repeat=ticks * FLOOD_PER_TICK)
+    def send(packets: int) -> None:
+        syscall.test_run(loaded.programs["bench_wrap"], bytes(128), repeat=packets)
 
     return send
 

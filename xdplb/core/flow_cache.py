@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xdplb.abi import BACKEND_GONE, SLOT_BACKEND, SLOT_IN_TRANSITION, FlowState, FlowTimes
+from xdplb.abi import SLOT_BACKEND, SLOT_IN_TRANSITION, FlowState, FlowTimes
 
 Words = NDArray[np.uint64]
 SlotWords = NDArray[np.uint32]
@@ -76,11 +76,6 @@ def resized(words: Words, size: int, tick: int) -> Words:
     latest = np.argsort(idle, axis=1, kind="stable")[:, :WAYS]
     smaller: Words = np.take_along_axis(merged, latest, axis=1).reshape(-1)
     return smaller
-
-
-def orphaned(word: np.uint64) -> np.uint64:
-    """The word of a flow whose backend is removed. It counts for nobody."""
-    return np.uint64((int(word) & ~(int(_BACKEND_MASK) << 14) & ~int(COUNTED)) | BACKEND_GONE << 14)
 
 
 def turn(

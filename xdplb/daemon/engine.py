@@ -165,7 +165,6 @@ class Engine:
             match operation:
                 case PutBackend(key, id_) if key not in self.applied.backends:
                     self._reset("backend_counters", id_)
-                    self.plane.loads["active"][id_] = 0
                 case PutService(name, id_) if self.applied.services[name].id != id_:
                     self._reset("drop_counters", id_)
                 case ClearBackend(key, id_):

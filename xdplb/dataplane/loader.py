@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 MAIN = "xdplb"
 SWEEP = "xdplb_sweep"
+FORGET = "xdplb_forget"
 EXPLAIN = "xdplb_explain"
 PROBE = "xdplb_probe"
 _STAGES = {stage: f"xdplb_{stage.name.lower()}" for stage in abi.Stage}
@@ -156,6 +157,17 @@ class Dataplane:
         """Has the program that ages the flow cache go through it once."""
         syscall.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.snat_sets)
 
+    def forget_backend(self, backend: int, places: NDArray[np.int64], orphans: bool) -> None:
+        """Takes a backend whose entry is empty out of the words at `places`: of remembered flows, and behind them of
+        SNAT mappings. A word that a packet changes meanwhile may stay; counts stay right. `orphans`: the flows are kept
+        as those of BACKEND_GONE.
+        """
+        for first in range(0, len(places), abi.REMOVAL_PLACES):
+            some = places[first : first + abi.REMOVAL_PLACES].astype(np.uint32)
+            order = np.full(2 + abi.REMOVAL_PLACES, 0xFFFFFFFF, np.uint32)
+            order[:2], order[2 : 2 + len(some)] = (backend, orphans), some
+            syscall.test_run(self.programs[FORGET], order.tobytes())
+
     def fd(self, map_name: str) -> int:
         return self._loaded.fd(map_name)
 
@@ -231,7 +243,7 @@ def open_dataplane(features: abi.Features, geometry: abi.Geometry, key: HashKey,
     ensure_bpffs(pins)
     flags = bundle.compiler_flags(abi.defines(features, geometry), key)
     places = bundle.pins(pins, secrets.token_hex(4))
-    functions = [MAIN, SWEEP, EXPLAIN, PROBE, *_STAGES.values()]
+    functions = [MAIN, SWEEP, FORGET, EXPLAIN, PROBE, *_STAGES.values()]
     loaded = load_programs(bundle.program_source(), flags, functions, places)
     for name in bundle.map_names():  # so that all are found through the program, and live as long
         syscall.bind_map(loaded.programs[MAIN], loaded.fd(name))

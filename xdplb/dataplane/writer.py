@@ -82,18 +82,21 @@ class MapWriter:
         """Flows and slots must not mean another backend that gets this id later. Where the service tells clients, they
         are kept as orphans.
         """
-        plane, words = self._plane, self._plane.flow_words
+        plane = self._plane
         service = plane.backends.entries["service"][backend]
         tells = plane.services.entries["flags"][service] & ServiceFlag.RESET
         plane.loads["weight"][backend] = 0
         plane.backends.write(backend, bytes(plane.backends.codec.size))
         plane.direct_seen[backend] = 0
-        snat_words = plane.snat_words
-        snat_words[(snat_words != 0) & (flow_cache.backends(snat_words) == backend)] = 0
-        for index in np.flatnonzero(flow_cache.backends(words) == backend):
-            words[index] = flow_cache.orphaned(words[index]) if tells else 0
+        self._forget(plane.flow_words, 0, backend, bool(tells))
+        self._forget(plane.snat_words, len(plane.flow_words), backend, False)
         previous = plane.transitions["previous"]
         previous[previous == backend] = BACKEND_GONE if tells else 0
+
+    def _forget(self, words: flow_cache.Words, first: int, backend: int, orphans: bool) -> None:
+        """Packets change words too, so a program does it, and again while they were quicker."""
+        while len(places := np.flatnonzero(flow_cache.backends(words) == backend)):
+            self._plane.forget_backend(backend, first + places, orphans)
 
     def build(self, publish: Publish) -> Endpoints:
         """The address table for the half that no packet looks at. CapacityExceeded where it has no room."""

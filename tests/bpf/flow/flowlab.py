@@ -246,11 +246,13 @@ class Lab:
 
     # Packets.
 
+    def packet(self, flow: Flow, flags: int = ACK) -> bytes:
+        """`flags` are TCP's, where it is TCP."""
+        return _packet(flow, self._service(flow.service).listen, flags)
+
     def send(self, flow: Flow, flags: int = ACK) -> str | None:
-        """The backend that gets the packet; None where nobody does. `flags` are TCP's, where it is TCP."""
-        listen = self._service(flow.service).listen
-        run = syscall.test_run(self.plane.program_fd, _packet(flow, listen, flags))
-        return _delivered(run)
+        """The backend that gets the packet; None where nobody does."""
+        return _delivered(syscall.test_run(self.plane.program_fd, self.packet(flow, flags)))
 
     def syn(self, flow: Flow) -> str | None:
         return self.send(flow, SYN)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from flowmodel import Flow
 from test_schedulers import CHOOSING, reload
 
 from xdplb.abi import FLOW_WRAPPING, FlowState
+from xdplb.bench import churn
 from xdplb.core.flow_cache import COUNTED, backends
 from xdplb.daemon import flow_upkeep
 from xdplb.model import Admin, Affinity, BackendKey, FlowMemory, HealthState, OnRemove, Protocol, Scheduler
@@ -277,3 +280,25 @@ def test_a_new_backend_under_the_id_of_a_removed_one_has_nothing_to_do(choosing:
     assert choosing.sent_to(choosing.flows(30), SYN) == {"d": 30}
     choosing.sent_to(flows)
     assert_sound(choosing)
+
+
+@pytest.mark.parametrize("on_remove", OnRemove)
+def test_counts_are_exact_though_packets_come_while_a_backend_is_removed(choosing: Lab, on_remove: OnRemove) -> None:
+    """They move its flows to other backends while the control plane forgets them."""
+    with ExitStack() as kept:
+        choosing.start(service(), window=10)
+        frame = choosing.packet(choosing.flow())
+        send = churn.flooder(choosing.plane.program_fd, kept, frame, flows=1 << 16)
+        for _ in range(3):
+            choosing.start(service(backends="abc", scheduler=Scheduler.LC, on_remove=on_remove))
+            send(200_000)
+            before = choosing.active()
+            choosing.spend_budget(0)
+            sender = Thread(target=send, args=(600_000,))
+            sender.start()
+            reload(choosing, dict.fromkeys("ac", 1))
+            sender.join()
+            assert_sound(choosing)
+            after = choosing.active()
+            assert sum(after.values()) == np.count_nonzero(choosing.plane.flow_words & COUNTED)
+            assert after["a"] >= before["a"] > 15_000 < before["c"] <= after["c"]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import aged
 
-from xdplb.abi import BACKEND_GONE, FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState, FlowTimes
+from xdplb.abi import FLOW_WRAPPING, SLOT_IN_TRANSITION, FlowState, FlowTimes
 from xdplb.core import flow_cache
-from xdplb.core.flow_cache import TICK_MASK, TRANSITION, WAYS, Flows, orphaned, resized, settle, turn
+from xdplb.core.flow_cache import TICK_MASK, TRANSITION, WAYS, Flows, resized, settle, turn
 
 TIMES = FlowTimes(opening=60, established=900, closing=120, datagram=300)
 LIMITS = {
@@ -84,14 +84,6 @@ def test_each_state_has_its_own_time() -> None:
 def test_a_flow_lives_longer_where_its_service_says_so() -> None:
     packed = words(*(word(1, 1, 100 - idle, FlowState.CLOSING) for idle in (100, 150, 151)))
     assert Flows.decode(packed, 100).live(TIMES, np.array([0, 150, 150], np.uint16)).tolist() == [True, True, False]
-
-
-@given(fingerprints, backends, st.integers(0, TICK_MASK), states, st.booleans())
-def test_the_flow_of_a_removed_backend_is_nobodys_and_counts_for_nobody(
-    who: int, where: int, tick: int, state: FlowState, counted: bool
-) -> None:
-    orphan = orphaned(words(word(who, where, tick, state, counted))[0])
-    assert int(orphan) == word(who, BACKEND_GONE, tick, state, counted=False)
 
 
 @dataclass(frozen=True)
