@@ -26,10 +26,14 @@
 #define FLOW_FINGERPRINT(word) ((__u32)((word) >> 32))
 #define WAYS 8
 
-/* What makes a word the one to be replaced, most wanted first; below them all counts how long it has been idle. */
+/*
+ * What makes a word the one to be replaced, most wanted first; below them all counts how long it has been idle. SCORE_REFUSED
+ * is beside SCORE_OPENING only.
+ */
 #define SCORE_FREE (1 << 15)
 #define SCORE_IDLE (1 << 14)
 #define SCORE_OPENING (1 << 13)
+#define SCORE_REFUSED (1 << 12)
 
 struct flow {
 	const struct service *service;
@@ -119,10 +123,16 @@ static __always_inline void count_active(__u64 word, __u32 change)
 		__sync_fetch_and_add(&load->active, change);
 }
 
-/* Puts `new` in the place of `old`, unless another CPU was quicker. All changes of the cache go through here. */
+/* Puts `new` in the place of `old`, unless another CPU was quicker. */
+static __always_inline bool replace_word(__u64 *place, __u64 old, __u64 new)
+{
+	return __sync_val_compare_and_swap(place, old, new) == old;
+}
+
+/* The same, with the counts of backends. All changes of the flow cache go through here. */
 static __always_inline bool replace_flow(__u64 *place, __u64 old, __u64 new)
 {
-	if (__sync_val_compare_and_swap(place, old, new) != old)
+	if (!replace_word(place, old, new))
 		return false;
 	if ((old ^ new) & (FLOW_COUNTED | 0x1ffffULL << 14)) {
 		count_active(old, -1);
@@ -166,14 +176,20 @@ static __always_inline __u64 idle_ticks(__u64 word, __u32 tick)
 	return (tick - FLOW_TICK(word)) & 0xfff;
 }
 
-/* How dispensable a remembered flow is. */
-static __always_inline __u64 score(__u64 word, __u32 tick, const __u64 timeouts)
+/* How dispensable a remembered flow is, or (`answered` is not 0) a SNAT mapping: see snat.h. */
+static __always_inline __u64 score(__u64 word, __u32 tick, const __u64 timeouts, const __u64 answered)
 {
 	__u64 idle = idle_ticks(word, tick);
 	__u64 timeout = timeouts >> 12 * FLOW_STATE(word) & 0xfff;
+	__u64 opening = is_zero(FLOW_STATE(word) ^ FLOW_OPENING) & ~is_zero(idle), refused = 0, unanswered;
 
-	return is_zero(word) * SCORE_FREE | is_less(timeout, idle) * SCORE_IDLE |
-	       (is_zero(FLOW_STATE(word) ^ FLOW_OPENING) & ~is_zero(idle)) * SCORE_OPENING | idle;
+	if (answered) {
+		unanswered = is_zero(word & answered) & ~is_zero(FLOW_BACKEND(word));
+		refused = unanswered & is_zero(FLOW_STATE(word) ^ FLOW_CLOSING);
+		opening |= unanswered;
+	}
+	return is_zero(word) * SCORE_FREE | is_less(timeout, idle) * SCORE_IDLE | opening * SCORE_OPENING |
+	       refused * SCORE_REFUSED | idle;
 }
 
 static __always_inline bool within_budget(__u32 tick)
@@ -188,18 +204,30 @@ static __always_inline bool within_budget(__u32 tick)
 	return budget->used++ < FLOW_BUDGET;
 }
 
-/* The more dispensable one of two neighbours: its score, and its place in the lowest three bits. */
-static __always_inline __u64 rank_pair(const struct flow_set *set, __u32 first, __u32 tick, const __u64 timeouts)
+/*
+ * The more dispensable one of two neighbours: its score, and its place in the lowest three bits. Of several that are alike,
+ * `turn` decides.
+ */
+static __always_inline __u64 rank_pair(const struct flow_set *set, __u32 first, const struct flow *flow, const __u64 timeouts,
+				       const __u64 answered)
 {
-	return larger(score(set->flow[first], tick, timeouts) << 3 | first,
-		      score(set->flow[first + 1], tick, timeouts) << 3 | (first + 1));
+	const __u64 turn = flow->key & (WAYS - 1);
+
+	return larger(score(set->flow[first], flow->tick, timeouts, answered) << 3 | (first ^ turn),
+		      score(set->flow[first + 1], flow->tick, timeouts, answered) << 3 | ((first + 1) ^ turn));
 }
 
-/* The most dispensable one of a set. */
-static __always_inline __u64 find_victim(const struct flow_set *set, __u32 tick, const __u64 timeouts)
+/*
+ * The most dispensable one of a set. Of several that are, another one for each newcomer: in a flood, the one before has its
+ * place for a while.
+ */
+static __always_inline __u64 find_victim(const struct flow_set *set, const struct flow *flow, const __u64 timeouts,
+					 const __u64 answered)
 {
-	return larger(larger(rank_pair(set, 0, tick, timeouts), rank_pair(set, 2, tick, timeouts)),
-		      larger(rank_pair(set, 4, tick, timeouts), rank_pair(set, 6, tick, timeouts)));
+	const __u64 best = larger(larger(rank_pair(set, 0, flow, timeouts, answered), rank_pair(set, 2, flow, timeouts, answered)),
+				  larger(rank_pair(set, 4, flow, timeouts, answered), rank_pair(set, 6, flow, timeouts, answered)));
+
+	return best ^ (flow->key & (WAYS - 1));
 }
 
 /*
@@ -210,7 +238,7 @@ static __always_inline bool remember_flow(struct flow_set *set, const struct flo
 					  struct flow_counters *counters)
 {
 	const bool known = place < WAYS;
-	__u64 victim = known ? place : find_victim(set, flow->tick, TIMEOUTS), old;
+	__u64 victim = known ? place : find_victim(set, flow, TIMEOUTS, 0), old;
 
 	if (!known && ((flow->unverified && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
 		return false;

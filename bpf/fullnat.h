@@ -62,7 +62,7 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 
 	if (!find_reply_to(source, destination_port(p), &p->source, source_port(p), p->protocol, &to) || hops_used_up(p))
 		return pass_to_kernel(p, true);
-	refresh_mapping(to.word, p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0);
+	refresh_mapping(to.word, p);
 	route = find_route(p, &to.service->address, &to.tuple->client, &fib);
 	if (route == ROUTE_TOO_BIG)
 		return answer(p->ctx, ANSWER_TOO_BIG, to.tuple->service, fib.tot_len);

@@ -10,7 +10,9 @@
  *
  * A mapping is a word like the flow cache's, which names the backend, and beside it the client's tuple. Unlike there, no
  * open flow is ever evicted: a port belongs to its flow until that closes or has been silent for as long as its state
- * allows. Only a flow that never got beyond its SYN gives its port up sooner.
+ * allows. Two kinds give theirs up sooner, where no place is free. One is a flow that never got beyond its SYN. The other is
+ * one that no backend has answered: anybody can send packets in anybody's name, and make mappings by them. (Linux's conntrack
+ * has the same order: early_drop() takes entries without IPS_ASSURED.) A reset is no answer: a spoofed segment gets one too.
  */
 #ifndef XDPLB_SNAT_H
 #define XDPLB_SNAT_H
@@ -23,6 +25,9 @@
 /* A flow that closed keeps its port for so many ticks at least, and longer while no other flow needs it. */
 #define LINGER 2
 #define SNAT_TIMEOUTS TIMEOUTS_WITH(LINGER)
+
+/* A backend has answered. Mappings are not counted, so the bit is free. */
+#define SNAT_ANSWERED FLOW_COUNTED
 
 /* Does an interval lead to a source address of full NAT, and not to a service? */
 static __always_inline bool is_source(__u32 target)
@@ -110,6 +115,11 @@ static __always_inline __u64 mapping_word(const struct flow *flow, __u32 backend
 	return flow_word(flow, backend, state) & ~FLOW_COUNTED;
 }
 
+static __always_inline __u64 mapping_score(__u64 word, __u32 tick)
+{
+	return score(word, tick, SNAT_TIMEOUTS, SNAT_ANSWERED);
+}
+
 /* Claims the set's most dispensable place for the flow. Its tuple is written before a reply can find the mapping. */
 static __always_inline __u32 make_mapping(const struct snat_flow *wanted, __u32 index, __u32 backend)
 {
@@ -121,40 +131,44 @@ static __always_inline __u32 make_mapping(const struct snat_flow *wanted, __u32 
 
 	if (!set)
 		return NO_PLACE;
-	victim = find_victim(set, flow->tick, SNAT_TIMEOUTS);
+	victim = find_victim(set, flow, SNAT_TIMEOUTS, SNAT_ANSWERED);
 	place = index * WAYS + (victim & (WAYS - 1));
 	tuple = find_snat_tuple(place);
 	old = *way(set, victim);
-	if (!tuple || victim >> 3 < SCORE_OPENING || !replace_flow(way(set, victim), old, claim))
+	if (!tuple || mapping_score(old, flow->tick) < SCORE_OPENING || !replace_word(way(set, victim), old, claim))
 		return NO_PLACE;
 	tuple->client = wanted->client;
 	tuple->ports = wanted->ports;
 	tuple->service = flow->service_id;
-	replace_flow(way(set, victim), claim, mapping_word(flow, backend, flow->state));
-	return place;
+	return replace_word(way(set, victim), claim, mapping_word(flow, backend, flow->state)) ? place : NO_PLACE;
 }
 
-/* How many places of a set are free, or as good as. */
+/* How much room a set has: each place that is free or as good as free counts more than all that would have to be given up. */
 static __always_inline __u32 room_in(__u32 index, __u32 tick)
 {
 	struct flow_set *set = find_snat_set(index);
 	__u32 room = 0;
+	__u64 scored;
 
 	if (!set)
 		return 0;
 #pragma unroll
-	for (int i = 0; i < WAYS; i++)
-		room += 1 - is_zero(score(set->flow[i], tick, SNAT_TIMEOUTS) / SCORE_OPENING);
+	for (int i = 0; i < WAYS; i++) {
+		scored = mapping_score(set->flow[i], tick);
+		room += (1 - is_zero(scored / SCORE_IDLE)) * 2 * WAYS + (1 - is_zero(scored / SCORE_OPENING));
+	}
 	return room;
 }
 
-/* Notes that the flow lives, by a packet of its backend; `state` is what that adds. */
-static __always_inline void refresh_mapping(__u64 *word, __u32 state)
+/* Notes that the flow lives, by a packet of its backend. */
+static __always_inline void refresh_mapping(__u64 *word, const struct packet *p)
 {
-	__u64 old = *word, fresh = (old & ~(0xfffULL << 2)) | (current_tick() & 0xfff) << 2 | state;
+	__u64 state = p->tcp_flags & (TCP_FIN | TCP_RST) ? FLOW_CLOSING : 0;
+	__u64 answered = is_zero(p->tcp_flags & TCP_RST) * SNAT_ANSWERED;
+	__u64 old = *word, fresh = (old & ~(0xfffULL << 2)) | (current_tick() & 0xfff) << 2 | state | answered;
 
 	if (fresh != old)
-		replace_flow(word, old, fresh);
+		replace_word(word, old, fresh);
 }
 
 static __always_inline __u64 *mapping_at(__u32 place)
@@ -187,7 +201,8 @@ static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *
 	const struct flow *flow = &wanted->flow;
 	__u32 place = find_mapping(wanted), one, other, known;
 	struct backend *entry;
-	__u64 *word, old;
+	__u64 *word, old, answered;
+	__u32 state;
 
 	if (place == NO_PLACE) {
 		one = first_set(wanted);
@@ -205,7 +220,9 @@ static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *
 		if (flow->unverified)
 			return place;
 	}
-	replace_flow(word, old, mapping_word(flow, *backend, flow->unverified ? FLOW_OPENING : flow->state | FLOW_STATE(old)));
+	state = flow->unverified ? FLOW_OPENING : flow->state | FLOW_STATE(old);
+	answered = is_zero(flow->unverified) & is_zero(*backend ^ known);
+	replace_word(word, old, mapping_word(flow, *backend, state) | (old & SNAT_ANSWERED * answered));
 	return place;
 }
 

@@ -20,9 +20,9 @@ static __always_inline bool is_kept(const struct service *service, __u64 word)
 /*
  * What is to stand in the place of a word. An ended flow of a settled slot goes: later ones of the same ports leave no trace
  * there, and would be taken for it at the next change. One that keeps its slot in transition stays, in case it wakes up,
- * but does not count.
+ * but does not count. A mapping (snat.h) keeps no slot.
  */
-static __always_inline __u64 aged(__u64 word, __u32 tick)
+static __always_inline __u64 aged(__u64 word, __u32 tick, bool mapping)
 {
 	__u32 id = FLOW_BACKEND(word), idle = idle_ticks(word, tick), limit;
 	struct backend *backend = backends.lookup(&id);
@@ -37,7 +37,7 @@ static __always_inline __u64 aged(__u64 word, __u32 tick)
 		limit = service->keep_idle;
 	if (idle <= limit)
 		return word;
-	return service && is_kept(service, word) ? word & ~FLOW_COUNTED : 0;
+	return service && !mapping && is_kept(service, word) ? word & ~FLOW_COUNTED : 0;
 }
 
 /* The word of a flow whose backend was removed, where the client is to be told. It counts for none. */
@@ -46,7 +46,12 @@ static __always_inline __u64 orphaned(__u64 word)
 	return (word & ~(FLOW_COUNTED | 0x1ffffULL << 14)) | (__u64)BACKEND_GONE << 14;
 }
 
-/* By number: the flow cache's sets, and behind them those of SNAT mappings. */
+/* Is the set of this number one of SNAT mappings? They stand behind the flow cache's, and count for no backend. */
+static __always_inline bool holds_mappings(__u32 index)
+{
+	return index >= FLOW_SETS;
+}
+
 static __always_inline struct flow_set *any_set(__u32 index)
 {
 	struct flow_set *set = flow_sets.lookup(&index);
@@ -55,23 +60,32 @@ static __always_inline struct flow_set *any_set(__u32 index)
 	return set ? set : snat_sets.lookup(&index);
 }
 
+static __always_inline void replace_any(__u64 *place, __u64 old, __u64 new, bool mapping)
+{
+	if (mapping)
+		replace_word(place, old, new);
+	else
+		replace_flow(place, old, new);
+}
+
 /* One set, the next each time. */
 static __always_inline void sweep_set(void)
 {
-	__u32 zero = 0, *position = sweep_position.lookup(&zero), tick = current_tick();
+	__u32 zero = 0, *position = sweep_position.lookup(&zero), tick = current_tick(), index;
 	struct flow_set *set;
 	__u64 word, fresh;
 
 	if (!position)
 		return;
-	set = any_set((*position)++ % (FLOW_SETS + SNAT_SETS));
+	index = (*position)++ % (FLOW_SETS + SNAT_SETS);
+	set = any_set(index);
 	if (!set)
 		return;
 	for (int i = 0; i < WAYS; i++) {
 		word = set->flow[i];
-		fresh = word ? aged(word, tick) : 0;
+		fresh = word ? aged(word, tick, holds_mappings(index)) : 0;
 		if (fresh != word)
-			replace_flow(&set->flow[i], word, fresh);
+			replace_any(&set->flow[i], word, fresh, holds_mappings(index));
 	}
 }
 
@@ -83,15 +97,17 @@ static __always_inline void forget_backend(const struct removal *removal)
 {
 	struct flow_set *set;
 	__u64 *place, word;
+	__u32 index;
 
 	for (int i = 0; i < REMOVAL_PLACES; i++) {
-		set = any_set(removal->place[i] / WAYS);
+		index = removal->place[i] / WAYS;
+		set = any_set(index);
 		if (!set)
 			return;
 		place = way(set, removal->place[i]);
 		word = *place;
 		if (FLOW_BACKEND(word) == removal->backend)
-			replace_flow(place, word, removal->orphans ? orphaned(word) : 0);
+			replace_any(place, word, removal->orphans ? orphaned(word) : 0, holds_mappings(index));
 	}
 }
 

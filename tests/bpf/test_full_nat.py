@@ -64,6 +64,8 @@ BACKENDS = {4: ("10.0.1.1", "10.0.1.2"), 6: ("fd00:1::1", "fd00:1::2")}
 PORT = {"tcp": 80, "udp": 53}
 BACKEND_PORT = {"tcp": 8080, "udp": 5353}
 PLACES = 65536 - FIRST_SOURCE_PORT
+ANSWERED = np.uint64(1 << 31)
+"""Of a mapping: a backend has answered."""
 
 
 def service(version: int, protocol: str) -> Service:
@@ -109,15 +111,32 @@ class Gateway:
         assert verdict is Verdict.TX
         return ends(out)
 
+    def answer(self, seen: Flow, flags: str = "SA") -> None:
+        """The backend's, to what it saw."""
+        assert (
+            self.test(raw(frame(tcp(flags)(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))).verdict
+            == Verdict.TX
+        )
+
+    def flood(self, number: int, version: int = 4, flags: str = "A") -> Iterator[bytes]:
+        """Segments of one client, each of another connection; what the backends see, where they see anything."""
+        packet = bytearray(raw(frame(tcp(flags)(client(version)))))
+        address, ports = (29, 34) if version == 4 else (37, 54)
+        for port in range(number):
+            packet[address], packet[ports : ports + 2] = port >> 15, (32768 + port % 32768).to_bytes(2, "big")
+            run = self.test(bytes(packet))
+            if run.verdict == Verdict.TX:
+                yield run.packet
+
     def drops(self, name: str) -> dict[str, int]:
         id_ = self.engine.applied.services[name].id
         values = self.plane.read_counter("drop_counters", id_)
         return {field: int(n) for field, n in zip(self.plane.counter_fields("drop_counters"), values, strict=True) if n}
 
-    def fill(self, state: FlowState, idle: int) -> None:
+    def fill(self, state: FlowState, idle: int, answered: bool = True) -> None:
         """Every place belongs to somebody."""
         tick = self.clock.tick - idle & 0xFFF
-        self.plane.snat_words[:] = np.uint64(0xDEAD << 32 | 1 << 14 | tick << 2 | state)
+        self.plane.snat_words[:] = np.uint64(0xDEAD << 32 | answered << 31 | 1 << 14 | tick << 2 | state)
 
 
 def ends(packet: Packet) -> Flow:
@@ -155,6 +174,12 @@ def protocol(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def place_of(frame: bytes) -> int:
+    """The number of the place that a frame has for its source, over IPv4 the first ones."""
+    port, first = (34, 0) if frame[12:14] == b"\x08\x00" else (54, PLACES)
+    return first + int.from_bytes(frame[port : port + 2], "big") - FIRST_SOURCE_PORT
+
+
 def client(version: int, protocol: str = "tcp", number: int = 0) -> Flow:
     return Flow(CLIENT[version], VIP[version], 10_000 + number, PORT[protocol])
 
@@ -179,16 +204,81 @@ def test_every_flow_has_a_port_of_its_own_and_keeps_it(gateway: Gateway, version
 
 
 def test_hardly_anybody_is_refused_before_most_ports_are_given(gateway: Gateway) -> None:
-    offered = PLACES * 85 // 100
-    packet = bytearray(raw(frame(tcp("A")(client(4)))))
-    verdicts = []
-    for number in range(offered):
-        packet[29], packet[34:36] = number >> 15, (32768 + number % 32768).to_bytes(2, "big")
-        verdicts.append(gateway.test(bytes(packet)).verdict)
-    given = verdicts.count(Verdict.TX)
+    offered, most, given, refused = PLACES * 85 // 100, PLACES * 7 // 10, 0, []
+    for seen in gateway.flood(offered):
+        gateway.plane.snat_words[place_of(seen)] |= ANSWERED
+        given += 1
+        refused += [gateway.drops("tcp4").get("ports_exhausted", 0)] if given == most else []
+    assert refused == [0]
     assert 0.995 * offered < given == np.count_nonzero(gateway.plane.snat_words)
-    assert verdicts[: PLACES * 7 // 10].count(Verdict.DROP) == 0
     assert gateway.drops("tcp4").get("ports_exhausted", 0) == offered - given
+
+
+class TestWhatNoBackendHasAnswered:
+    """Anybody can send packets in anybody's name."""
+
+    def test_gives_its_port_up(self, gateway: Gateway, version: int, protocol: str) -> None:
+        state = FlowState.ESTABLISHED if protocol == "tcp" else FlowState.DATAGRAM
+        gateway.fill(state, idle=0, answered=False)
+        for number in range(100):
+            gateway.open(client(version, protocol, number), protocol)
+        assert gateway.drops(f"{protocol}{version}") == {}
+
+    @pytest.mark.parametrize("answer", ["SA", "A", "PA", "FA"])
+    def test_but_not_once_one_has(self, gateway: Gateway, version: int, answer: str) -> None:
+        gateway.fill(FlowState.ESTABLISHED, idle=100)
+        words = gateway.plane.snat_words
+        words.reshape(-1, 8)[:, 3] &= ~ANSWERED
+        first = gateway.open(client(version))
+        gateway.answer(first, answer)
+        words[words & ANSWERED == 0] |= ANSWERED
+        assert gateway.run(frame(tcp("S")(client(version, number=1))))[0] is Verdict.DROP
+        assert ends(gateway.run(frame(tcp("A")(client(version))))[1]) == first
+
+    @pytest.mark.parametrize("answer", ["R", "RA"])
+    def test_a_reset_is_no_answer_and_what_got_one_gives_way_first(
+        self, gateway: Gateway, version: int, answer: str
+    ) -> None:
+        gateway.fill(FlowState.ESTABLISHED, idle=100, answered=False)
+        seen = gateway.open(client(version))
+        gateway.answer(seen, answer)
+        place = place_of(raw(gateway.run(frame(tcp("A")(client(version))))[1]))
+        assert seen.source_port - FIRST_SOURCE_PORT == place % PLACES
+        gateway.plane.snat_words[np.arange(2 * PLACES) // 8 != place // 8] |= ANSWERED
+        newcomer = next(gateway.flood(50_000, version, "S"))
+        assert place_of(newcomer) == place
+
+    def test_a_free_place_is_taken_before_it(self, gateway: Gateway) -> None:
+        gateway.fill(FlowState.ESTABLISHED, idle=5, answered=False)
+        words = gateway.plane.snat_words
+        words.reshape(-1, 8)[:, 5] = 0
+        taken = [gateway.open(client(4, number=number)).source_port for number in range(50)]
+        assert {(port - FIRST_SOURCE_PORT) % 8 for port in taken} == {5}
+
+    def test_a_flood_of_one_client_refuses_no_other_and_takes_no_answered_flows_port(self, gateway: Gateway) -> None:
+        flows = [client(4, number=number) for number in range(300)]
+        answered = [gateway.open(flow) for flow in flows]
+        for seen in answered:
+            gateway.answer(seen)
+        for flow in flows:
+            gateway.run(frame(tcp("A")(flow)))
+        assert sum(1 for _ in gateway.flood(140_000)) == 140_000
+        assert np.count_nonzero(gateway.plane.snat_words[:PLACES]) > PLACES * 0.99
+        for number in range(300, 600):
+            gateway.answer(gateway.open(client(4, number=number)))
+        assert gateway.drops("tcp4").get("ports_exhausted", 0) == 0
+        assert [ends(gateway.run(frame(tcp("A")(flow)))[1]) for flow in flows] == answered
+
+    def test_nor_does_one_whose_every_packet_a_backend_resets(self, gateway: Gateway) -> None:
+        for seen in gateway.flood(70_000):
+            reset = bytearray(seen)
+            reset[26:34], reset[34:38], reset[47] = seen[30:34] + seen[26:30], seen[36:38] + seen[34:36], 0x04
+            gateway.test(bytes(reset))
+        states = np.bincount((gateway.plane.snat_words & np.uint64(3)).astype(np.int64))
+        assert states[FlowState.CLOSING] > 0.95 * PLACES
+        for number in range(300):
+            gateway.open(client(4, number=number))
+        assert gateway.drops("tcp4").get("ports_exhausted", 0) == 0
 
 
 def test_no_live_flow_loses_its_port(gateway: Gateway, version: int) -> None:
