@@ -168,6 +168,7 @@ struct drop_counters {
 	__u64 too_big;          /* does not fit the way to the backend: answered with "too big" */
 	__u64 fragment_unknown; /* a fragment that may be a service's, whose first one did not pass here */
 	__u64 ports_exhausted;  /* full NAT: all places that the flow could have are taken by live ones */
+	__u64 ports_in_use;     /* NAT: another flow has the client's address and port at the backend: answered likewise */
 	__u64 unanswerable;     /* an answer was due, but the packet must not have one (RFC 1122 3.2.2; a reset) */
 };
 
@@ -180,14 +181,10 @@ struct verdict_counters {
 	__u64 redirect;
 };
 
-/* A flow between a client and a NAT backend's own address, where the reply alone does not name the service. */
-struct nat_flow_key {
-	struct address client;
-	struct address backend;
-	__be16 client_port;
-	__be16 backend_port;
-	__u8 protocol;
-	__u8 pad[3];
+/* By NAT backend: what has to be known of its replies before their flows are looked up (nat.h). */
+struct nat_hint {
+	__u32 looks; /* 1 once something passed the services on its way from or to the backend */
+	__u32 until; /* in ticks: up to then, what is not remembered is a reply. Flows may be older than their memory. */
 };
 
 /* A datagram that was cut into fragments. */
@@ -209,7 +206,9 @@ struct tail_call {
 	__u32 service;
 	__u32 kind; /* enum answer */
 	__u32 mtu;  /* for "too big" */
-	__u32 pad;
+	__u32 backend;
+	__be16 port; /* the client's, as the backend is to see it */
+	__u8 pad[6];
 };
 
 /* Where the headers of a packet are and what they say, while the verifier looks away (parse.h). */
@@ -250,7 +249,6 @@ _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line"
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");
 _Static_assert(__builtin_offsetof(struct service, slots) % 8 == 0, "slots and slot_mask are one word");
 _Static_assert(sizeof(struct backend) == 64, "a backend is one cache line");
-_Static_assert(sizeof(struct nat_flow_key) == 40, "no hidden padding in keys");
 _Static_assert(sizeof(struct fragment_key) == 40, "no hidden padding in keys");
 
 #endif

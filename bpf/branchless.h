@@ -40,7 +40,8 @@ static __always_inline __u64 larger(__u64 a, __u64 b)
 	return either(is_less(a, b), b, a);
 }
 
-/* The place of the lowest bit that is set, of eight; 8 where none is. A single bit that is at least 2^n carries from 256 - 2^n. */
+/* The place of the lowest bit that is set, of eight; 8 where none is. A single bit that is at least 2^n carries from 256 - 2^n.
+ */
 static __always_inline __u64 lowest_bit(__u64 bits)
 {
 	bits &= -bits;

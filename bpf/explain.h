@@ -12,6 +12,7 @@
 #include "forward.h"
 #include "snat.h"
 #include "nat.h"
+#include "nat_ports.h"
 #include "schedule.h"
 
 /* Of use only to the process that asks, so not pinned. */
@@ -91,6 +92,26 @@ static __always_inline int explain_full_nat(struct packet *p, const struct flow 
 	return address_frame(p->ctx, backend) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
 }
 
+/* nat.h's way to the backend, where its flows are remembered. */
+static __always_inline int explain_nat(struct packet *p, const struct flow *flow, const struct backend *backend,
+				       struct trace *trace)
+{
+	struct nat_ports ports = nat_ports(p, backend);
+	enum placing placing = place_flow(&ports, p, backend, flow->tick);
+
+	if (placing == PLACE_NONE) {
+		trace->subject = SUBJECT_IN_USE;
+		return way_out(p->ctx, ingress(p->ctx));
+	}
+	trace->ifindex = backend->ifindex;
+	trace->largest = backend->mtu;
+	take_hop(p);
+	if (placing == PLACE_OTHER)
+		translate(p, &p->source, ports.port, true);
+	translate(p, &backend->address, backend->port, false);
+	return address_frame(p->ctx, backend) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+}
+
 static __always_inline int explain_balance(struct packet *p, __u32 service_id, struct trace *trace)
 {
 	struct service *service = services.lookup(&service_id);
@@ -112,14 +133,16 @@ static __always_inline int explain_balance(struct packet *p, __u32 service_id, s
 											   : XDP_DROP;
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
 		return explain_full_nat(p, &flow, backend, trace);
+	if (HAVE_NAT && service->forward == FORWARD_NAT && is_remembered(backend, trace->backend))
+		return explain_nat(p, &flow, backend, trace);
 	trace->ifindex = backend->ifindex;
 	trace->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
 	take_hop(p);
 	return rewrite(p, service, backend, flow.hash) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
 }
 
-/* nat.h's `reply`, uncounted. The largest packet is the kernel's affair. */
-static __always_inline int explain_reply(struct packet *p, __u32 id, struct trace *trace)
+/* nat.h's `reply_from`, uncounted. The largest packet is the kernel's affair. */
+static __always_inline int explain_reply(struct packet *p, __u32 id, __be16 moved, struct trace *trace)
 {
 	struct backend *backend = backends.lookup(&id);
 	struct service *service = backend ? services.lookup(&backend->service) : NULL;
@@ -134,12 +157,29 @@ static __always_inline int explain_reply(struct packet *p, __u32 id, struct trac
 	route = find_route(p, &service->address, &p->destination, &fib);
 	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return XDP_PASS;
+	if (moved)
+		translate(p, &p->destination, moved, false);
 	translate(p, &service->address, backend->port ? service->port : 0, true);
 	if (route == ROUTE_KERNEL)
 		return XDP_PASS;
 	take_hop(p);
 	trace->ifindex = fib.ifindex;
 	return address_route(p->ctx, &fib) ? way_out(p->ctx, fib.ifindex) : XDP_ABORTED;
+}
+
+/* nat.h's `read_reply`, without a trace: a reply, or the backend's own. */
+static __always_inline int explain_from_backend(struct packet *p, __u32 named, struct trace *trace)
+{
+	struct nat_reply reply =
+		find_reply(named, &p->source, source_port(p), &p->destination, destination_port(p), p->protocol);
+
+	if (is_challenge(&reply, p))
+		reply.id = named;
+	if (reply.id && !begins_connection(p))
+		return explain_reply(p, reply.id, reply.moved, trace);
+	trace->subject = SUBJECT_OWN;
+	trace->backend = named;
+	return XDP_PASS;
 }
 
 #endif

@@ -224,8 +224,9 @@ static __always_inline __u64 rank_pair(const struct flow_set *set, __u32 first, 
 static __always_inline __u64 find_victim(const struct flow_set *set, const struct flow *flow, const __u64 timeouts,
 					 const __u64 answered)
 {
-	const __u64 best = larger(larger(rank_pair(set, 0, flow, timeouts, answered), rank_pair(set, 2, flow, timeouts, answered)),
-				  larger(rank_pair(set, 4, flow, timeouts, answered), rank_pair(set, 6, flow, timeouts, answered)));
+	const __u64 best =
+		larger(larger(rank_pair(set, 0, flow, timeouts, answered), rank_pair(set, 2, flow, timeouts, answered)),
+		       larger(rank_pair(set, 4, flow, timeouts, answered), rank_pair(set, 6, flow, timeouts, answered)));
 
 	return best ^ (flow->key & (WAYS - 1));
 }

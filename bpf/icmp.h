@@ -162,6 +162,19 @@ static __always_inline __u64 translate_quoted(struct packet *p, struct quoted *q
 	return icmp + quote_checksum(p, q, sum);
 }
 
+/* The same for a port alone; 0 leaves it. */
+static __always_inline __u64 translate_quoted_port(struct packet *p, struct quoted *q, __be16 port, const bool is_source)
+{
+	__u16 *ports = q->transport;
+	__u64 sum, icmp;
+
+	if (!port || (void *)(ports + 4) > p->end)
+		return 0;
+	sum = csum_change16(0, ports[!is_source], port);
+	icmp = quote_field(&ports[!is_source], port);
+	return icmp + quote_checksum(p, q, sum);
+}
+
 /* The error's own address. ICMPv6's checksum covers it, ICMP's does not. */
 static __always_inline __u64 replace_outer(struct packet *p, const struct address *new, const bool is_source)
 {
@@ -176,6 +189,21 @@ static __always_inline void patch_icmp(struct packet *p, __u64 sum)
 
 	if ((void *)(icmp + 1) <= p->end)
 		icmp->check = csum_apply(icmp->check, sum);
+}
+
+/* The client's port as the NAT backend of the quoted packet sees it; 0 where that is the client's own. */
+static __always_inline __be16 port_at_backend(const struct quoted *q, const struct backend *backend, __u32 id)
+{
+	__be16 port = backend->port ? backend->port : q->ports & 0xffff, other;
+	__u64 pair;
+
+	if (!is_remembered(backend, id))
+		return 0;
+	pair = nat_pair(&q->destination, &backend->address);
+	other = other_port(pair, q->ports >> 16);
+	if (NAT_OWNER(nat_tuple(pair, q->ports >> 16, port, q->protocol).word) == nat_owner(id, false))
+		return 0;
+	return NAT_OWNER(nat_tuple(pair, other, port, q->protocol).word) == nat_owner(id, true) ? other : 0;
 }
 
 /* An error that a router or the client sent to a service's address, about a packet of the service's backend. */
@@ -201,7 +229,8 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, s
 	if (!admit(p, service, backend, id, &action))
 		return action;
 	if (HAVE_NAT && service->forward == FORWARD_NAT) {
-		sum = translate_quoted(p, q, &backend->address, backend->port, true);
+		sum = translate_quoted_port(p, q, port_at_backend(q, backend, id), false);
+		sum += translate_quoted(p, q, &backend->address, backend->port, true);
 		sum += replace_outer(p, &backend->address, false);
 		patch_icmp(p, sum);
 	}
@@ -213,26 +242,29 @@ static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 {
 	struct address_entry *about = find_address(&q->destination);
 	struct bpf_fib_lookup fib = {};
+	struct nat_reply reply;
 	struct backend *backend;
+	__u32 named;
 	struct service *service;
 	bool from_backend;
 	enum route route;
 	__u64 sum;
-	__u32 id;
 
-	if (!about || !about->replies.count || !same_address(&q->source, &p->destination))
+	named = find_end(about, q->protocol, q->ports >> 16);
+	if (!named || !same_address(&q->source, &p->destination))
 		return pass();
-	id = find_reply_backend(&q->destination, about->replies, q->ports >> 16, &q->source, q->ports & 0xffff, q->protocol);
-	backend = backends.lookup(&id);
+	reply = find_reply(named, &q->destination, q->ports >> 16, &q->source, q->ports & 0xffff, q->protocol);
+	backend = backends.lookup(&reply.id);
 	service = backend ? services.lookup(&backend->service) : NULL;
-	if (!id || !service || !service->slot_mask || hops_used_up(p))
+	if (!reply.id || !service || !service->slot_mask || hops_used_up(p))
 		return pass();
 	from_backend = same_address(&p->source, &q->destination);
 	route = find_route(p, from_backend ? &service->address : &p->source, &p->destination, &fib);
 	if (route >= ROUTE_KERNEL_UNTOUCHED)
 		return pass();
-	count_reply(id, p->length);
-	sum = translate_quoted(p, q, &service->address, backend->port ? service->port : 0, false);
+	count_reply(reply.id, p->length);
+	sum = translate_quoted_port(p, q, reply.moved, true);
+	sum += translate_quoted(p, q, &service->address, backend->port ? service->port : 0, false);
 	if (from_backend)
 		sum += replace_outer(p, &service->address, true);
 	patch_icmp(p, sum);

@@ -49,12 +49,11 @@ BPF_TABLE_PINNED("percpu_array", __u32, struct drop_counters, drop_counters, SER
 BPF_TABLE_PINNED("percpu_array", __u32, struct verdict_counters, verdict_counters, 1, PIN("verdict_counters"), 0);
 
 BPF_TABLE_PINNED("lru_hash", struct fragment_key, struct fragment, fragments, FRAGMENTS, PIN("fragments"), 0);
-BPF_TABLE_PINNED("lru_hash", struct nat_flow_key, __u32, nat_flows, NAT_FLOWS, PIN("nat_flows"), 0);
 
 BPF_TABLE_PINNED("array", __u32, struct probe_way, probe_ways, MAX_PROBES, PIN("probe_ways"), BPF_F_MMAPABLE);
 
-/* By backend: 1 where clients were seen to talk to its own address and port directly, past the service. */
-BPF_TABLE_PINNED("array", __u32, __u32, direct_seen, BACKENDS + 1, PIN("direct_seen"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct flow_set, nat_sets, NAT_SETS, PIN("nat_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct nat_hint, nat_hints, BACKENDS + 1, PIN("nat_hints"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct found, founds, 1, PIN("founds"), 0);

@@ -9,6 +9,7 @@
 
 #include "flow.h"
 #include "maps.h"
+#include "nat_flows.h"
 #include "slots.h"
 
 /* Is the slot of a remembered flow in transition? */
@@ -46,7 +47,10 @@ static __always_inline __u64 orphaned(__u64 word)
 	return (word & ~(FLOW_COUNTED | 0x1ffffULL << 14)) | (__u64)BACKEND_GONE << 14;
 }
 
-/* Is the set of this number one of SNAT mappings? They stand behind the flow cache's, and count for no backend. */
+/*
+ * Is the set of this number one of SNAT mappings, or behind those one of flows at NAT backends? They stand behind the flow
+ * cache's, and count for no backend.
+ */
 static __always_inline bool holds_mappings(__u32 index)
 {
 	return index >= FLOW_SETS;
@@ -57,7 +61,10 @@ static __always_inline struct flow_set *any_set(__u32 index)
 	struct flow_set *set = flow_sets.lookup(&index);
 
 	index -= FLOW_SETS;
-	return set ? set : snat_sets.lookup(&index);
+	if (!set)
+		set = snat_sets.lookup(&index);
+	index -= SNAT_SETS;
+	return set || !HAVE_NAT ? set : nat_sets.lookup(&index);
 }
 
 static __always_inline void replace_any(__u64 *place, __u64 old, __u64 new, bool mapping)
@@ -66,6 +73,21 @@ static __always_inline void replace_any(__u64 *place, __u64 old, __u64 new, bool
 		replace_word(place, old, new);
 	else
 		replace_flow(place, old, new);
+}
+
+/* What was silent for long is left where it is, as silent for long: a backend's own connection may be so for hours. */
+static __always_inline void sweep_nat_set(__u32 index, __u32 tick)
+{
+	struct flow_set *set = nat_sets.lookup(&index);
+	__u64 word;
+
+	if (!set)
+		return;
+	for (int i = 0; i < WAYS; i++) {
+		word = set->flow[i];
+		if (word && idle_ticks(word, tick) > FLOW_WRAPPING)
+			put_nat_flow(&set->flow[i], word, NAT_OWNER(word), tick - FLOW_WRAPPING, FLOW_STATE(word));
+	}
 }
 
 /* One set, the next each time. */
@@ -77,7 +99,11 @@ static __always_inline void sweep_set(void)
 
 	if (!position)
 		return;
-	index = (*position)++ % (FLOW_SETS + SNAT_SETS);
+	index = (*position)++ % (FLOW_SETS + SNAT_SETS + NAT_SETS);
+	if (HAVE_NAT && index >= FLOW_SETS + SNAT_SETS) {
+		sweep_nat_set(index - (FLOW_SETS + SNAT_SETS), tick);
+		return;
+	}
 	set = any_set(index);
 	if (!set)
 		return;

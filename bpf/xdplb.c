@@ -9,6 +9,10 @@
  *   xdplb_schedule          chooses a backend where no hash does (schedule.h)
  *   xdplb_icmp, _icmp_reply errors about a flow of a service, or about a packet to a NAT backend
  *   xdplb_full_nat, and its _reply, _icmp and _icmp_reply: that forward mode, both ways
+ *   xdplb_nat_read          whose a NAT backend's packet is, where `xdplb_full` has no room for that; what passes the services
+ *   xdplb_nat_reply         and on the way to the client
+ *   xdplb_nat_choose        which port a client's flow has at its NAT backend, likewise, and if others want the same
+ *   xdplb_nat_moved         and on the way there
  *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
@@ -34,6 +38,8 @@
 #include "rewrite.h"
 #include "encap.h"
 #include "forward.h"
+#include "nat_flows.h"
+#include "nat_ports.h"
 #include "nat.h"
 #include "fragment.h"
 #include "watchdog.h"
@@ -66,8 +72,8 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 		return without_backend(p, service, service_id, decision.outcome);
 	if (full)
 		teach_fragments(p, decision.id, false);
-	if (HAVE_NAT && service->forward == FORWARD_NAT)
-		remember_service(p, decision.backend, decision.id);
+	if (HAVE_NAT && service->forward == FORWARD_NAT && !keeps_port(p, decision.backend, decision.id, full))
+		return continue_with(p->ctx, STAGE_NAT_CHOOSE, service_id, decision.id, 0);
 	return forward(p, service, decision.backend, decision.id, hash);
 }
 
@@ -75,7 +81,8 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 static __always_inline int not_for_service(struct packet *p, const struct address_entry *to, const bool full)
 {
 	struct address_entry *from = find_address(&p->source);
-	__u32 id;
+	struct nat_reply from_backend = {};
+	__u32 named;
 
 	if (!(from && from->replies.count) && !(to && to->replies.count))
 		return pass();
@@ -89,18 +96,20 @@ static __always_inline int not_for_service(struct packet *p, const struct addres
 	default:
 		return pass();
 	}
-	if (from && from->replies.count) {
-		id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p),
-					p->protocol);
-		if (id) {
-			if (full)
-				teach_fragments(p, id, true);
-			return reply(p, id);
-		}
-	}
-	if (to && to->replies.count)
-		remember_direct(p, to->replies);
-	return pass();
+	named = find_end(from, p->protocol, source_port(p));
+	if (named && (begins_connection(p) || (full && is_remembered_at(named))))
+		return continue_at(p->ctx, STAGE_NAT_READ);
+	if (full)
+		from_backend.id = named;
+	else if (named)
+		from_backend = read_reply(p, named);
+	if (!from_backend.id)
+		return find_end(to, p->protocol, destination_port(p)) ? continue_at(p->ctx, STAGE_NAT_READ) : pass();
+	if (full)
+		teach_fragments(p, from_backend.id, true);
+	if (from_backend.moved)
+		return continue_with(p->ctx, STAGE_NAT_REPLY, 0, from_backend.id, from_backend.moved);
+	return reply(p, from_backend.id);
 }
 
 static __always_inline int process(struct xdp_md *ctx, const bool full)
@@ -248,6 +257,61 @@ int xdplb_full_nat_icmp_reply(struct xdp_md *ctx)
 	return full_nat_error_to_client(p, &quoted, find_quoted(p, &quoted) & ~TARGET_SOURCE);
 }
 
+int xdplb_nat_choose(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (!HAVE_NAT || !call || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	return choose_port(p, call);
+}
+
+int xdplb_nat_moved(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (!HAVE_NAT || !call || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	return move_to_backend(p, call);
+}
+
+int xdplb_nat_reply(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (!HAVE_NAT || !call || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	return reply_from(p, call->backend, call->port);
+}
+
+int xdplb_nat_read(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct nat_reply from_backend;
+	__u32 from;
+
+	if (!HAVE_NAT || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	from = find_end(find_address(&p->source), p->protocol, source_port(p));
+	if (!from)
+		return pass_services(p);
+	if (begins_connection(p)) {
+		note_own_connection(p, from);
+		return pass_services(p);
+	}
+	from_backend = read_reply(p, from);
+	if (!from_backend.id)
+		return pass_services(p);
+	teach_fragments(p, from_backend.id, true);
+	return continue_with(ctx, STAGE_NAT_REPLY, 0, from_backend.id, from_backend.moved);
+}
+
 int xdplb_schedule(struct xdp_md *ctx)
 {
 	__u32 zero = 0;
@@ -312,14 +376,14 @@ int xdplb_answer(struct xdp_md *ctx)
 	tcp = p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED;
 	if (tcp && p->tcp_flags & TCP_RST)
 		return drop(call->service, REASON(unanswerable));
-	count_reason(call->service, REASON(rejected));
+	count_reason(call->service, call->kind == ANSWER_IN_USE ? REASON(ports_in_use) : REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
 }
 
 int xdplb_explain(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
-	struct address_entry *from, *to;
+	struct address_entry *to;
 	struct trace *trace;
 	__u32 zero = 0, id;
 
@@ -335,9 +399,6 @@ int xdplb_explain(struct xdp_md *ctx)
 		trace->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
 		return id ? explain_balance(p, id, trace) : XDP_PASS;
 	}
-	from = HAVE_NAT ? find_address(&p->source) : NULL;
-	if (!from || !from->replies.count)
-		return XDP_PASS;
-	id = find_reply_backend(&p->source, from->replies, source_port(p), &p->destination, destination_port(p), p->protocol);
-	return id ? explain_reply(p, id, trace) : XDP_PASS;
+	id = HAVE_NAT ? find_end(find_address(&p->source), p->protocol, source_port(p)) : 0;
+	return id ? explain_from_backend(p, id, trace) : XDP_PASS;
 }

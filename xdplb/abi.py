@@ -82,8 +82,8 @@ class BackendFlag(enum.IntFlag):
     UP = 1
     """Takes packets. The first thing that a failure changes."""
     IPV6 = 2
-    SHARED = 4
-    """Other NAT services send to the same address, protocol and port: replies need the flow to be remembered."""
+    PER_FLOW = 4
+    """NAT: a packet of the backend does not say whose it is. It sends datagrams, or other services share its port."""
     KEEP = 8
     """`on_down: keep`: goes on with the flows that it has, up or not."""
 
@@ -99,6 +99,10 @@ class Stage(enum.IntEnum):
     FULL_NAT_ICMP = 7
     FULL_NAT_ICMP_REPLY = 8
     PROBE_REPLY = 9
+    NAT_READ = 10
+    NAT_REPLY = 11
+    NAT_CHOOSE = 12
+    NAT_MOVED = 13
 
 
 class FlowState(enum.IntEnum):
@@ -116,6 +120,8 @@ class FlowState(enum.IntEnum):
 class Answer(enum.IntEnum):
     REJECT = 1
     TOO_BIG = 2
+    IN_USE = 3
+    """As REJECT, but for another reason: the flow's address and port are another one's at the backend."""
 
 
 class Subject(enum.IntEnum):
@@ -135,6 +141,10 @@ class Subject(enum.IntEnum):
     """Of a flow that has a SNAT mapping, to a service that forwards by full-nat."""
     MARTIAN = 7
     """To a service, from an address that no router forwards from, or that is a service's own."""
+    OWN = 8
+    """Of a NAT backend, for itself: no reply to a service's client."""
+    IN_USE = 9
+    """To a NAT service, but another flow has its address and port at the backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +195,7 @@ class Geometry:
     address_buckets: int
     intervals: int
     fragments: int = 8192
-    nat_flows: int = 65536
+    nat_sets: int = 32768
     flow_sets: int = 32768
     sources4: int = 0
     sources6: int = 0
@@ -220,7 +230,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "ADDRESS_BUCKETS": geometry.address_buckets,
         "INTERVALS": geometry.intervals,
         "FRAGMENTS": geometry.fragments,
-        "NAT_FLOWS": geometry.nat_flows,
+        "NAT_SETS": geometry.nat_sets,
         "FLOW_SETS": geometry.flow_sets,
         "HAVE_FULL_NAT": features.full_nat,
         "SOURCES4": geometry.sources4,

@@ -53,7 +53,7 @@ def told(world: World, flow: Flow, trace: Trace) -> Any:
 def memory(world: World) -> dict[str, Any]:
     """All that the maps hold, but for what is not state."""
     names = set(bundle.map_names())
-    assert {"flow_sets", "flow_counters", "nat_flows", "verdict_counters", "backend_counters", "direct_seen"} < names
+    assert {"flow_sets", "flow_counters", "nat_sets", "verdict_counters", "backend_counters", "nat_hints"} < names
     return {name: _content(world, name) for name in names if name not in NO_STATE}
 
 
@@ -199,6 +199,8 @@ class TestReplies:
         mode = NAT[version]
         flow = a_flow(mode.backend, clients[version], 40000, protocol, mode.nat_ports[protocol])
         world.forget()
+        if protocol == "udp":
+            world.run(frame_of(a_flow(clients[version], mode.vip, PORTS[protocol], protocol)))
         before = memory(world)
         trace = ask(world, flow)
         assert memory(world) == before

@@ -28,7 +28,7 @@ from packets import (
     udp,
 )
 from scapy.layers.inet6 import IPv6ExtHdrFragment
-from world import DSR, HASH, MODES, NAT, Mode, World, forwarded, replied
+from world import DSR, HASH, MODES, NAT, Mode, World, asked, forwarded, replied
 
 from xdplb.model import Forward
 
@@ -238,7 +238,7 @@ def replies() -> Iterator[Case]:
                 Verdict.REDIRECT,
                 frame(seen_by_client(index)(to_client.hop()), FRONT_MAC, CLIENT_MAC),
                 replied(mode.service("udp"), pieces[index](at_backend)),
-                before=tuple(frames[:index][:1]),
+                before=(*asked(mode.service("udp"), at_backend.back(), "udp"), *frames[:index][:1]),
                 arrives="back",
             )
         yield Case(f"a later fragment of an unknown IPv{version} reply passes", frames[1], Verdict.PASS, arrives="back")

@@ -30,7 +30,7 @@ from packets import (
     tcp,
     udp,
 )
-from world import HASH, MODES, NAT, Mode, World, forwarded, replied
+from world import HASH, MODES, NAT, Mode, World, asked, forwarded, replied
 
 ANSWER: dict[str, Build] = {"tcp": tcp("A", b"HTTP/1.1 200 OK"), "udp": udp(b"an answer")}
 QUOTED = {
@@ -145,7 +145,8 @@ def towards_client(
     received = icmp(Flow(shown, CLIENT[mode.version], ttl=63), kind, quotation(build, client_side, transport_bytes))
     out = frame(received, FRONT_MAC, CLIENT_MAC, tags)
     counts = replied(mode.service(protocol), sent)
-    return Case(title, frame(sent, tags=tags), Verdict.REDIRECT, out, counts, arrives="back")
+    before = asked(mode.service(protocol), at_backend, protocol)
+    return Case(title, frame(sent, tags=tags), Verdict.REDIRECT, out, counts, before, arrives="back")
 
 
 def to_clients() -> Iterator[Case]:

@@ -13,7 +13,7 @@ from xdplb.dataplane import loader, syscall
 from xdplb.errors import CompileError
 
 GEOMETRY = abi.Geometry(
-    services=16, backends=64, slots=1 << 12, address_buckets=64, intervals=1024, fragments=64, nat_flows=64
+    services=16, backends=64, slots=1 << 12, address_buckets=64, intervals=1024, fragments=64, nat_sets=64
 )
 FEATURES = {
     "no service at all": "",

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from packets import (
     frame,
     network,
     raw,
+    udp,
 )
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
@@ -235,6 +236,20 @@ SERVICES = (
     service("far", "203.0.113.11:80/tcp", Forward.DSR, "10.0.1.41"),
     service("shared one", "203.0.113.12:80/tcp", Forward.NAT, "10.0.1.51,8080"),
     service("shared two", "203.0.113.13:80/tcp", Forward.NAT, "10.0.1.51,8080"),
+    *(
+        service(f"direction {name} {protocol}", f"{_host(vip)}:{ports}/{protocol}", Forward.NAT, backend)
+        for protocol, to in _NAT_PORTS.items()
+        for name, vip, ports, backend in (
+            ("one", "203.0.113.31", PORTS[protocol], f"10.0.1.61,{to}"),
+            ("two", "203.0.113.32", PORTS[protocol], f"10.0.1.61,{to}"),
+            ("port", "203.0.113.31", PORTS[protocol] + 1, f"10.0.1.61,{to}"),
+            ("all", "203.0.113.33", 0, "10.0.1.61"),
+            ("one v6", "2001:db8:a::31", PORTS[protocol], f"fd00:1::61,{to}"),
+            ("two v6", "2001:db8:a::32", PORTS[protocol], f"fd00:1::61,{to}"),
+            ("port v6", "2001:db8:a::31", PORTS[protocol] + 1, f"fd00:1::61,{to}"),
+            ("all v6", "2001:db8:a::33", 0, "fd00:1::61"),
+        )
+    ),
     service("pool4", "203.0.113.20:80/tcp", Forward.DSR, *POOL),
     service("pool6", "[2001:db8:a::20]:80/tcp", Forward.DSR, *POOL6),
     service("by source", "203.0.113.21:80/tcp", Forward.DSR, *POOL, scheduler=Scheduler.SOURCE_HASH),
@@ -354,10 +369,10 @@ class World:
 
     def forget(self) -> None:
         """Empties what packets teach."""
-        self.plane.direct_seen[:] = 0
-        for name in ("fragments", "nat_flows"):
-            for key in syscall.elements(self.plane.fd(name)):
-                syscall.delete(self.plane.fd(name), key)
+        self.plane.nat_hints[:] = 0
+        self.plane.nat_words[:] = 0
+        for key in syscall.elements(self.plane.fd("fragments")):
+            syscall.delete(self.plane.fd("fragments"), key)
 
     def check(self, case: Case) -> None:
         """Runs a case and asserts all of it."""
@@ -399,6 +414,14 @@ def forwarded(name: str, packet: Packet | bytes, new_flow: bool = False, backend
 def replied(name: str, packet: Packet | bytes, backend: str = "a") -> dict[str, int]:
     """The counters of a NAT backend's IP packet that goes to a client."""
     return {f"{name}/{backend}.reply_packets": 1, f"{name}/{backend}.reply_bytes": len(raw(packet))}
+
+
+def asked(service: str, to_backend: Flow, protocol: str) -> tuple[Packet, ...]:
+    """What a client sent before its NAT backend can reply: nothing for TCP, where each reply names the service."""
+    if protocol == "tcp":
+        return ()
+    listen = next(s.listen for s in SERVICES if s.name == service)
+    return (frame(udp()(replace(to_backend, destination=str(listen.address), port=listen.first_port))),)
 
 
 def header_length(flow: Flow) -> int:

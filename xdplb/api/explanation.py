@@ -120,7 +120,7 @@ class _Story:
 
     @property
     def _to_service(self) -> Service | None:
-        return self.service if self._trace.subject not in (Subject.REPLY, Subject.MARTIAN) else None
+        return self.service if self._trace.subject not in (Subject.REPLY, Subject.MARTIAN, Subject.OWN) else None
 
     def way(self) -> FlowWay:
         """Slot and flow cache, where the packet is for a service."""
@@ -189,7 +189,16 @@ class _Story:
             return self._why_no_service()
         if service.forward is Forward.FULL_NAT and self._trace.reason is not Reason.MAPPED and self._trace.backend:
             return f"{self._why(service)}; its source becomes an address and port of ours when it comes"
+        if (port := self._port_at_backend(service)) is not None:
+            return f"{self._why(service)}; another flow has its port there, so its source port becomes {port}"
         return self._why(service)
+
+    def _port_at_backend(self, service: Service) -> int | None:
+        """The client's port as the NAT backend sees it, if that is another one."""
+        if service.forward is not Forward.NAT or self._trace.before == self._trace.after:
+            return None
+        port = frames.read(self._trace.after).source.port
+        return port if port != self._flow.source.port else None
 
     def _why(self, service: Service) -> str:
         trace = self._trace
@@ -204,6 +213,9 @@ class _Story:
             return self._nobody_serves(service)
         if reason is Reason.TO_CHOOSE:
             return self._forgotten() + f"not remembered: its backend is chosen when it comes, by {service.scheduler}"
+        if reason is Reason.IN_USE:
+            refused = "a reset" if self._flow.protocol is Protocol.TCP else "ICMP port unreachable"
+            return f"other flows have {self._flow.source} and its other port at {name}: answered with {refused}"
         if reason is Reason.ORPHAN:
             return "its backend was removed from the service: answered with a reset (on_remove: reset)"
         if reason is Reason.PREVIOUS:
@@ -217,6 +229,8 @@ class _Story:
     def _why_no_service(self) -> str:
         if self._trace.subject is Subject.REPLY:
             return self._reply()
+        if self._trace.subject is Subject.OWN:
+            return f"the backend's own, and no reply to a client of {self._services_of_port()}: the kernel gets it"
         if self._trace.subject is Subject.MARTIAN:
             return f"dropped: no client of a service has the address {self._flow.source.address}"
         if self._trace.subject is Subject.OTHER_PORT:
@@ -282,6 +296,10 @@ class _Story:
         there.sort(key=lambda service: (service.listen.first_port, service.listen.protocol))
         words = listed([f"{str(s.listen).rpartition(':')[2]} ({s.name})" for s in there])
         return f"services on ports {words}" if len(there) > 1 else f"a service on port {words}"
+
+    def _services_of_port(self) -> str:
+        key = self._known.backends.get(self._trace.backend)
+        return key.service if key else "a service"
 
     def _reply(self) -> str:
         trace = self._trace

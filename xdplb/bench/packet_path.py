@@ -85,6 +85,8 @@ def cases() -> list[Case]:
         Case("tcp6-ipip-established-1m", "ipip", _tcp(_SERVICE6, 80, _ACK), many, ipv6=True),
         Case("other-1m", "ipip", elsewhere, many),
         Case("other-nat-1m", "nat", elsewhere, many),
+        Case("udp4-nat-remembered-64k", "nat", _udp(_SERVICE4, 53), FLOWS["64k"]),
+        Case("udp4-nat-new-1m", "nat", _udp(_SERVICE4, 53), many),
     ]
     found += [
         Case("tcp4-ipip-recalled-64k", "changed-64k", established, FLOWS["64k"]),

@@ -50,8 +50,8 @@ class TableFull(ValueError):
 class Claim:
     """`target` (an id, never 0) owns the ports `first_port` to `last_port`, both included, of an address.
 
-    Where claims overlap, one port beats a range and a range beats all ports (0 to 65535); among equals the lowest
-    target wins.
+    Where claims overlap, the one that was first (`since`) wins. Among equals one port beats a range and a range beats
+    all ports (0 to 65535); then the lowest target wins.
     """
 
     address: Address
@@ -59,6 +59,7 @@ class Claim:
     first_port: int
     last_port: int
     target: int
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +168,14 @@ def _flatten(claims: Sequence[Claim], addresses: Sequence[int]) -> _Pieces:
     first_cell, end_cell = np.searchsorted(cuts, begin), np.searchsorted(cuts, end)
     strength = 2 * (first_port == last_port) + (last_port - first_port < 0xFFFF)
     weakest_first = np.lexsort((-target, strength))
-    exact = strength[weakest_first] == 3
+    since = np.array([claim.since for claim in claims], np.int64)[weakest_first]
     owner = np.zeros(len(cuts), np.int64)
-    for index in weakest_first[~exact]:
-        owner[first_cell[index] : end_cell[index]] = target[index]
-    owner[first_cell[weakest_first[exact]]] = target[weakest_first[exact]]
+    for age in np.unique(since)[::-1]:
+        painted = weakest_first[since == age]
+        exact = strength[painted] == 3
+        for index in painted[~exact]:
+            owner[first_cell[index] : end_cell[index]] = target[index]
+        owner[first_cell[painted[exact]]] = target[painted[exact]]
     return _join(cuts, owner)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 
 from xdplb import abi
@@ -106,8 +106,8 @@ def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tu
         flags |= BackendFlag.UP
     if backend.config.address.version == 6:
         flags |= BackendFlag.IPV6
-    if backend.shared:
-        flags |= BackendFlag.SHARED
+    if backend.shared or (service.forward is Forward.NAT and service.listen.protocol is Protocol.UDP):
+        flags |= BackendFlag.PER_FLOW
     if backend.keeps:
         flags |= BackendFlag.KEEP
     address, port, next_hop = backend.config.address, backend.config.port or 0, backend.next_hop
@@ -136,8 +136,16 @@ def _source(tunnels: Tunnels, own: Address | None, forward: Forward, backend: Ad
     return prefix.network_address, (1 << min(prefix.max_prefixlen - prefix.prefixlen, 32)) - 1
 
 
+def _without_age(claim: Claim) -> Claim:
+    return replace(claim, since=0)
+
+
 def claims(services: Iterable[DesiredService], applied: Applied, tunnels: Tunnels) -> Publish:
-    """Which addresses and ports mean something to the packet path, once `applied` holds all of them."""
+    """Which addresses and ports mean something to the packet path, once `applied` holds all of them. If several
+    services share a backend's port, it names the first that had it.
+    """
+    known = {_without_age(claim): claim for claim in applied.published.replies}
+    age = 1 + max((claim.since for claim in known.values()), default=-1)
     replying: list[Claim] = []
     listening = [
         Claim(address, protocol, abi.FIRST_SOURCE_PORT, 65535, abi.TARGET_SOURCE + index)
@@ -154,5 +162,6 @@ def claims(services: Iterable[DesiredService], applied: Applied, tunnels: Tunnel
             key = BackendKey(service.config.name, backend.config.name)
             first, last = reply_ports(service.config, backend.config)
             target = applied.backends[key][0]
-            replying.append(Claim(backend.config.address, listen.protocol, first, last, target))
+            claim = Claim(backend.config.address, listen.protocol, first, last, target)
+            replying.append(known.get(claim, replace(claim, since=age)))
     return Publish(tuple(listening), tuple(replying))

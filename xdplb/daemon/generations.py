@@ -72,7 +72,7 @@ class Generations:
         ensure_bpffs(pins)
         left.share(pins, geometry)
         plane = await self._open(self.features(config), geometry)
-        left.copy(plane)
+        left.copy(plane, clock().ticks(config.flow_cache.window_s))
         log.info("took over %d services and their flows from other maps", len(notes.services))
         return Engine(plane, self._key, config, statuses, record.applied(plane, notes), Retired())
 

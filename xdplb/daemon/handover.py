@@ -30,10 +30,12 @@ from xdplb.model import BackendKey
 log = logging.getLogger(__name__)
 
 _COPIED = ("slots", "transitions")
-_SHARED = ("flow_sets", "loads", "nat_flows", "snat_sets", "snat_tuples")
+_SHARED = ("flow_sets", "loads", "snat_sets", "snat_tuples")
+_NAT = ("nat_sets", "nat_hints")
+"""Which earlier versions do not have."""
 FORMER_NAMES = {"snat_sets": "lease_sets", "snat_tuples": "lessees"}
 """Under which earlier versions pinned the same maps."""
-_NAT_FLOW_KEY, _SNAT_TUPLE = 40, 24
+_SNAT_TUPLE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,9 @@ class Handover:
         if notes.layout != STATE_LAYOUT or notes.key != key.name:
             return None
         try:
-            maps = {name: _pinned(Path(notes.pins), name) for name in (*_COPIED, *_SHARED)}
+            pins = Path(notes.pins)
+            there = [name for name in _NAT if (pins / name).exists()]
+            maps = {name: _pinned(pins, name) for name in (*_COPIED, *_SHARED, *there)}
         except OSError as error:
             log.warning("%s: flows cannot be taken over: %s", notes.pins, error.strerror)
             return None
@@ -78,11 +82,11 @@ class Handover:
         wanted = {
             "flow_sets": MapShape(4, 8 * WAYS, geometry.flow_sets),
             "loads": MapShape(4, 8, MAX_BACKEND_IDS),
-            "nat_flows": MapShape(_NAT_FLOW_KEY, 4, geometry.nat_flows),
+            "nat_sets": MapShape(4, 8 * WAYS, geometry.nat_sets),
             "snat_sets": MapShape(4, 8 * WAYS, geometry.snat_sets),
             "snat_tuples": MapShape(4, _SNAT_TUPLE, WAYS * geometry.snat_sets),
         }
-        same = {name for name, shape in wanted.items() if shape == self.shapes[name]}
+        same = {name for name, shape in wanted.items() if shape == self.shapes.get(name)}
         return same if {"flow_sets", "loads"} <= same else same - {"flow_sets", "loads"}
 
     def share(self, pins: Path, geometry: Geometry) -> None:
@@ -90,8 +94,10 @@ class Handover:
         for name in self._shared(geometry):
             syscall.pin(self.maps[name], pins / name)
 
-    def copy(self, plane: Dataplane) -> None:
-        """Fills the new maps with the rest, and closes the old ones."""
+    def copy(self, plane: Dataplane, window: int) -> None:
+        """Fills the new maps with the rest, and closes the old ones. If these remember no flows at NAT backends,
+        replies need not be of remembered ones for `window` ticks.
+        """
         for name in _COPIED:
             there = getattr(plane, name)
             here = np.frombuffer(syscall.map_memory(self.maps[name]), there.dtype)
@@ -99,6 +105,12 @@ class Handover:
         if "flow_sets" not in self._shared(plane.geometry):
             words = np.frombuffer(syscall.map_memory(self.maps["flow_sets"]), np.uint64)
             plane.flow_words[:] = resized(words, len(plane.flow_words), clock().tick)
+        if "nat_hints" in self.maps:
+            hints = np.frombuffer(syscall.map_memory(self.maps["nat_hints"]), plane.nat_hints.dtype)
+            known = min(len(hints), len(plane.nat_hints))
+            plane.nat_hints[:known] = hints[:known]
+        if "nat_sets" not in self._shared(plane.geometry):
+            plane.nat_hints["until"] = clock().tick + window
         for descriptor in self.maps.values():
             os.close(descriptor)
 

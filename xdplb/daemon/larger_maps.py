@@ -11,7 +11,7 @@ FLOW_MAPS = ("flow_sets", "loads")
 SNAT_MAPS = ("snat_sets", "snat_tuples")
 """Of full NAT: of use to a generation with the same source addresses."""
 SHARED_MAPS = (
-    "nat_flows",
+    "nat_sets",
     "fragments",
     "flow_sets",
     "flow_budgets",
@@ -30,7 +30,7 @@ def moved(engine: Engine, plane: Dataplane) -> Engine:
     old = engine.plane
     for name in ("backends", "services"):
         getattr(plane, name).raw[: len(getattr(old, name).raw)] = getattr(old, name).raw
-    plane.direct_seen[: len(old.direct_seen)] = old.direct_seen
+    plane.nat_hints[: len(old.nat_hints)] = old.nat_hints
     plane.transitions[: len(old.transitions)] = old.transitions
     plane.slots[: len(old.slots)] = old.slots
     if plane.geometry.flow_sets != old.geometry.flow_sets:

@@ -116,7 +116,8 @@ class Dataplane:
         self.probe_ways = self._structs("probe_ways")
         self.addresses = self._structs("addresses")
         self.intervals = self._structs("intervals")
-        self.direct_seen: NDArray[np.uint32] = np.frombuffer(self._memory("direct_seen"), np.uint32)[::2]
+        self.nat_hints = self._structs("nat_hints")
+        self.nat_words: NDArray[np.uint64] = np.frombuffer(self._memory("nat_sets"), np.uint64)
         directory = self._memory("directory")
         self._directory: NDArray[np.uint32] = np.frombuffer(directory, np.uint32)
         self.listening: NDArray[np.uint64] = np.frombuffer(directory, np.uint64, 2 * abi.LISTENING_WORDS, 8).reshape(
@@ -155,11 +156,12 @@ class Dataplane:
 
     def sweep(self) -> None:
         """Has the program that ages the flow cache go through it once."""
-        syscall.test_run(self.programs[SWEEP], bytes(64), repeat=self.geometry.flow_sets + self.geometry.snat_sets)
+        sets = self.geometry.flow_sets + self.geometry.snat_sets + self.geometry.nat_sets
+        syscall.test_run(self.programs[SWEEP], bytes(64), repeat=sets)
 
     def forget_backend(self, backend: int, places: NDArray[np.int64], orphans: bool) -> None:
-        """Takes a backend whose entry is empty out of the words at `places`: of remembered flows, and behind them of
-        SNAT mappings. A word that a packet changes meanwhile may stay; counts stay right. `orphans`: the flows are kept
+        """Takes a backend whose entry is empty out of the words at `places`: of remembered flows, behind them of
+        SNAT mappings and flows at NAT backends. A word that a packet changes meanwhile may stay; counts stay right. `orphans`: the flows are kept
         as those of BACKEND_GONE.
         """
         for first in range(0, len(places), abi.REMOVAL_PLACES):

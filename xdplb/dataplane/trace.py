@@ -37,6 +37,10 @@ class Reason(enum.StrEnum):
     """It has a SNAT mapping, and its backend knows it by that. The JSON keeps the older word."""
     MARTIAN = "martian_source"
     """From an address that no packet to a service may come from."""
+    OWN = "own"
+    """A NAT backend's own, and no reply."""
+    IN_USE = "ports_in_use"
+    """Another flow has its address and port at the backend."""
     SETTLED = "settled"
     REMEMBERED = "remembered"
     TO_CHOOSE = "to_choose"
@@ -61,6 +65,8 @@ _OTHERS = {
     Subject.ORPHAN: Reason.ORPHAN,
     Subject.MAPPED: Reason.MAPPED,
     Subject.MARTIAN: Reason.MARTIAN,
+    Subject.OWN: Reason.OWN,
+    Subject.IN_USE: Reason.IN_USE,
 }
 
 

@@ -45,6 +45,7 @@ class MapWriter:
         plane = self._plane
         match operation:
             case PutBackend(_, id_, entry):
+                self._hint(id_, entry)
                 plane.loads["weight"][id_] = entry.load_weight if BackendFlag.UP in entry.flags else 0
                 plane.backends.write(id_, plane.backends.codec.encode(_backend_fields(entry)))
             case PutSlots():
@@ -59,6 +60,19 @@ class MapWriter:
                 plane.services.write(id_, bytes(plane.services.codec.size))
             case ClearBackend(_, id_):
                 self._clear_backend(id_)
+
+    def _hint(self, id_: int, entry: BackendEntry) -> None:
+        """If a backend's flows are remembered from now on, those that it has are not: for a while, what is not
+        remembered is a reply. If they are not any more, some of those that it has are not what they seem.
+        """
+        before = self._plane.backends.entries[id_]
+        if not before["service"]:
+            return
+        remembered, remembers = bool(before["flags"] & BackendFlag.PER_FLOW), BackendFlag.PER_FLOW in entry.flags
+        if remembers and not remembered:
+            self._plane.nat_hints["until"][id_] = self._clock.tick + self.window
+        if remembered and not remembers:
+            self._plane.nat_hints["looks"][id_] = 1
 
     def _put_slots(self, put: PutSlots) -> None:
         """Slots that change hands are in transition from this moment on; a table that moves takes its transitions
@@ -86,17 +100,27 @@ class MapWriter:
         service = plane.backends.entries["service"][backend]
         tells = plane.services.entries["flags"][service] & ServiceFlag.RESET
         plane.loads["weight"][backend] = 0
+        self._pass_hint_on(backend)
         plane.backends.write(backend, bytes(plane.backends.codec.size))
-        plane.direct_seen[backend] = 0
-        self._forget(plane.flow_words, 0, backend, bool(tells))
-        self._forget(plane.snat_words, len(plane.flow_words), backend, False)
+        plane.nat_hints[backend] = 0
+        self._forget(backend, bool(tells))
         previous = plane.transitions["previous"]
         previous[previous == backend] = BACKEND_GONE if tells else 0
 
-    def _forget(self, words: flow_cache.Words, first: int, backend: int, orphans: bool) -> None:
+    def _forget(self, backend: int, tells: bool) -> None:
         """Packets change words too, so a program does it, and again while they were quicker."""
-        while len(places := np.flatnonzero(flow_cache.backends(words) == backend)):
-            self._plane.forget_backend(backend, first + places, orphans)
+        plane, first = self._plane, 0
+        for words, orphans in ((plane.flow_words, tells), (plane.snat_words, False), (plane.nat_words, False)):
+            while len(places := np.flatnonzero(flow_cache.backends(words) == backend)):
+                plane.forget_backend(backend, first + places, orphans)
+            first += len(words)
+
+    def _pass_hint_on(self, backend: int) -> None:
+        """The server may be there under another name, with connections of its own."""
+        plane = self._plane
+        if plane.nat_hints["looks"][backend]:
+            addresses = plane.backends.entries["address"]
+            plane.nat_hints["looks"][addresses == addresses[backend]] = 1
 
     def build(self, publish: Publish) -> Endpoints:
         """The address table for the half that no packet looks at. CapacityExceeded where it has no room."""

@@ -122,7 +122,8 @@ class Lab:
             plane.flow_words,
             plane.backends.raw,
             plane.services.raw,
-            plane.direct_seen,
+            plane.nat_hints,
+            plane.nat_words,
             plane.loads["active"],
         ):
             memory[:] = 0

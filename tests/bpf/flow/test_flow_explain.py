@@ -35,7 +35,7 @@ def traces(lab: Lab) -> tuple[Any, ...]:
     plane = lab.plane
     counters = ("flow_counters", "verdict_counters", "backend_counters", "drop_counters")
     per_cpu = (*counters, "flow_budgets", "choices", "wrr_positions")
-    shared = (plane.flow_words, plane.slots, plane.transitions, plane.direct_seen, plane.loads)
+    shared = (plane.flow_words, plane.slots, plane.transitions, plane.nat_hints, plane.loads)
     shapes = {name: syscall.map_shape(plane.fd(name)).max_entries for name in per_cpu}
     return (
         *(memory.tobytes() for memory in shared),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import pairwise
 from random import Random
@@ -201,6 +202,17 @@ def test_overlapping_claims_become_disjoint_intervals(claims: list[str], pieces:
     tcp = Protocol.TCP.number << 16
     found = [(first - tcp, last - tcp, target) for first, last, target, _ in build(parsed).intervals.tolist()]
     assert found == pieces
+
+
+def test_the_claim_that_was_first_wins_whatever_came_later() -> None:
+    old, range_, one = claim("10.0.0.1", "0-65535", 9), claim("10.0.0.1", "80-90", 2), claim("10.0.0.1", "80", 1)
+    built = build((), [one, range_, replace(old, since=-1)])
+    assert [(int(i["first"]) & 0xFFFF, int(i["last"]) & 0xFFFF, int(i["target"])) for i in built.intervals] == [
+        (0, 65535, 9)
+    ]
+    built = build((), [replace(one, since=1), range_, replace(old, since=1)])
+    targets = [int(i["target"]) for i in built.intervals]
+    assert targets == [9, 2, 9]
 
 
 def test_protocols_do_not_touch() -> None:

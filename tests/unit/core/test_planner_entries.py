@@ -23,6 +23,7 @@ from xdplb.core.operations import BackendEntry, ServiceEntry
 from xdplb.core.status import BackendStatus
 from xdplb.model import (
     Backend,
+    BackendKey,
     Forward,
     HealthState,
     Listen,
@@ -78,7 +79,26 @@ def test_shared_with_another_service() -> None:
     machine = Machine()
     machine.become(healthy(service("s1", backends), service("s2", backends)))
     flags = [entry.flags for _, entry in machine.maps.backends.values()]
-    assert flags == [BackendFlag.UP | BackendFlag.SHARED] * 2
+    assert flags == [BackendFlag.UP | BackendFlag.PER_FLOW] * 2
+
+
+def test_whoever_had_a_shared_port_first_keeps_it() -> None:
+    first, second = (service(name, (Backend("b", IPv4Address("10.0.0.9"), 80),)) for name in ("s2", "s1"))
+    machine = Machine()
+    machine.become(healthy(first))
+    machine.become(healthy(second, first))
+    for _ in range(2):
+        ages = {claim.target: claim.since for claim in machine.maps.published.replies}
+        ids = [machine.applied.backends[BackendKey(name, "b")][0] for name in ("s2", "s1")]
+        assert [ages[id_] for id_ in ids] == [0, 1]
+        machine.become(healthy(second, first, service("s3", 1)))
+
+
+def test_replies_of_udp_are_remembered_flow_by_flow_and_only_with_nat() -> None:
+    of = service("s1", 1)
+    datagrams = replace(of, listen=replace(of.listen, protocol=Protocol.UDP))
+    assert first_entry(of=datagrams).flags == BackendFlag.UP | BackendFlag.PER_FLOW
+    assert first_entry(of=replace(datagrams, forward=Forward.DSR)).flags == BackendFlag.UP
 
 
 @pytest.mark.parametrize(
