@@ -225,6 +225,11 @@ struct found {
 	__u32 fragment;
 };
 
+/* Facts about interfaces whose words have one hash (links.h), a cache line of them. A word of 0 is free. */
+struct link_facts {
+	__u64 word[8];
+};
+
 /* What xdplb_explain sees of a packet's way. Ids are 0 where there is none. */
 struct trace {
 	__u64 remembered; /* the flow's word in the cache; 0: not there */
@@ -245,6 +250,7 @@ struct trace {
 };
 
 _Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");
+_Static_assert(sizeof(struct link_facts) == 64, "a set is one cache line");
 _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");
 _Static_assert(__builtin_offsetof(struct service, slots) % 8 == 0, "slots and slot_mask are one word");

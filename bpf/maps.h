@@ -54,6 +54,7 @@ BPF_TABLE_PINNED("array", __u32, struct probe_way, probe_ways, MAX_PROBES, PIN("
 
 BPF_TABLE_PINNED("array", __u32, struct flow_set, nat_sets, NAT_SETS, PIN("nat_sets"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct nat_hint, nat_hints, BACKENDS + 1, PIN("nat_hints"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct link_facts, link_facts, 1 << LINK_SET_BITS, PIN("link_facts"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct found, founds, 1, PIN("founds"), 0);

@@ -28,6 +28,7 @@
 #include "hash.h"
 #include "csum.h"
 #include "count.h"
+#include "links.h"
 #include "parse.h"
 #include "lookup.h"
 #include "slots.h"
@@ -123,7 +124,7 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 		return pass();
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
-		return pass(); /* not IP */
+		return pass(); /* not IP, or not for this host */
 	if (!full && parsed == PARSE_FULL && p->version == 0)
 		return continue_at(ctx, STAGE_FULL); /* tagged */
 

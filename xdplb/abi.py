@@ -27,6 +27,9 @@ number is the same; to be raised whenever the meaning of a word changes.
 """
 LISTENING_WORDS = 64
 """How many words of bits say of an address that services may listen on it."""
+LINK_SET_BITS = 10
+LINK_FACTOR = 0x1E3779B97F4A7C15
+"""2^bits sets of facts about interfaces; and what an interface's index is multiplied by for their words."""
 FIRST_SOURCE_PORT = 1024
 SETS_PER_SOURCE = (65536 - FIRST_SOURCE_PORT) // 8
 MAX_SOURCES = 64
@@ -253,6 +256,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "FLOW_WRAPPING": FLOW_WRAPPING,
         "REMOVAL_PLACES": REMOVAL_PLACES,
         "LISTENING_WORDS": LISTENING_WORDS,
+        "LINK_SET_BITS": LINK_SET_BITS,
+        "LINK_FACTOR": LINK_FACTOR,
         "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,

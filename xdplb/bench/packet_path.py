@@ -27,8 +27,9 @@ from xdplb import paths
 from xdplb.abi import SLOT_IN_TRANSITION, FlowTimes, defines
 from xdplb.bench import checks, churn, scale, tables
 from xdplb.config import read as configuration
-from xdplb.core import requirements
+from xdplb.core import link_facts, requirements
 from xdplb.core.hash_key import HashKey
+from xdplb.core.link_facts import LinkFacts
 from xdplb.core.operations import Applied
 from xdplb.core.status import BackendStatus, NextHop, Statuses
 from xdplb.daemon.engine import Engine, Retired
@@ -54,6 +55,8 @@ _HEADERS = 80
 _FRAME = 128
 _TARGETS = ("empty", "mac-swap", "fixed-encapsulation", *_MODES, *_CHANGED, *_CHOSEN, "conventional")
 _SYN, _ACK = 0x02, 0x10
+_LOOPBACK, _OWN_MAC = 1, bytes.fromhex("020000000001")
+"""The interface that test runs arrive on, and the address of their frames there."""
 _SERVICE4, _SERVICE6, _ELSEWHERE = "203.0.113.1", "2001:db8::1", "198.51.100.1"
 
 
@@ -112,7 +115,7 @@ def _udp(destination: str, port: int) -> bytes:
 
 
 def _packet(destination: Address, protocol: int, transport: bytes) -> bytes:
-    macs = bytes.fromhex("020000000001020000000009")
+    macs = _OWN_MAC + bytes.fromhex("020000000009")
     if isinstance(destination, IPv4Address):
         length = (_FRAME - 14).to_bytes(2, "big")
         header = b"\x45\x00" + length + bytes(4) + bytes([64, protocol]) + bytes(2) + bytes(4) + destination.packed
@@ -147,6 +150,7 @@ def _fill(plane: Dataplane, key: HashKey, config: Config) -> None:
             status = BackendStatus(health=HealthState.UP, next_hop=next_hop)
             statuses.set(BackendKey(service.name, backend.name), status)
     engine.apply_all()
+    link_facts.write(plane.link_words, {_LOOPBACK: LinkFacts(frozenset({_OWN_MAC}))})
 
 
 class Bench:

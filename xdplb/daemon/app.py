@@ -110,7 +110,14 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
     notes = left or Manifest([], "", {}, {})
     notes.interfaces = [interface.name for interface in interfaces]
     alarms = Alarms()
-    owner = Host(links, instance, interfaces, alarms, on_probe_link=lambda ends: reloader.probe_by(ends))
+    owner = Host(
+        links,
+        instance,
+        interfaces,
+        alarms,
+        on_probe_link=lambda ends: reloader.probe_by(ends),
+        link_words=lambda: reloader.engine.plane.link_words if reloader.engine else None,
+    )
     await owner.refuse_foreign(options.replace)
 
     overrides = Overrides.of(instance)

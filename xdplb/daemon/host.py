@@ -6,6 +6,7 @@
     probes      the veth pair of checks through services' addresses                         probe_link.py
     settings    nat, full-nat: forwarding, accept_local, rp_filter; generic mode: GRO, LRO  kernel_settings.py
     neighbours  entries of backends, kept resolved                                          net/next_hop_watcher.py
+    MACs        those of its interfaces, told to the packet path                            known_links.py
     files       pins on bpffs, the instance's directory below /run                          paths.py
 
 Every change is noted in the ledger before it is made, so that `undo` finds all of them after a kill as well.
@@ -20,11 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from xdplb.core.link_facts import Words
 from xdplb.daemon import kernel_settings, ledger
 from xdplb.daemon.addresses import Addresses
 from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.attachments import Attachments, detach_all, own_programs
 from xdplb.daemon.kernel_settings import KernelSettings
+from xdplb.daemon.known_links import KnownLinks
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.ports import Ports
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 
 DEBOUNCE_S = 0.05
 LOOK_AT_MOST_EVERY_S = 0.2
+LOOK_AT_LINKS_AT_MOST_EVERY_S = 0.01
 
 
 class Host:
@@ -61,8 +65,12 @@ class Host:
         sysctls: Sysctls | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_probe_link: Callable[[Ends], None] = lambda ends: None,
+        link_words: Callable[[], Words | None] = lambda: None,
     ) -> None:
-        """Raises XdplbError where what an earlier run noted cannot be read."""
+        """`link_words` is the map of the packet path that `KnownLinks` writes, None while there is none.
+
+        Raises XdplbError where what an earlier run noted cannot be read.
+        """
         self._network = network
         self._instance = instance
         self._alarms = alarms
@@ -75,12 +83,14 @@ class Host:
         device = device_of(interfaces[0])
         self._probe_link = ProbeLink(network, device, self._ledger, sysctls or Sysctls(), on_probe_link)
         self._surroundings = Surroundings(network, self._ports)
+        self._known_links = KnownLinks(network, self._ports, link_words)
         self._patience = Patience(clock)
         self._config: Config | None = None
         self._raised: set[tuple[str, str]] = set()
         self._waiting: list[tuple[str, str]] = []
         self._changing = asyncio.Lock()
         self._look = asyncio.Event()
+        self._links_changed = asyncio.Event()
 
     @property
     def interfaces(self) -> Sequence[Interface]:
@@ -102,6 +112,7 @@ class Host:
         """Attaches to all interfaces; where one refuses, the others get back what they had."""
         async with self._changing:
             await self._ports.look()
+            await self._known_links.look()
             done = await self._programs.attach(program, mode, replace)
             for interface in self._ports.present:
                 attachment = done[interface.name]
@@ -149,6 +160,7 @@ class Host:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._keep())
+                tasks.create_task(self._follow_links())
                 tasks.create_task(self._listen_to_frames())
         finally:
             self._addresses.close()
@@ -159,6 +171,17 @@ class Host:
         with self._network.host_changes() as changes:
             async for _ in changes:
                 self._look.set()
+                self._links_changed.set()
+
+    async def _follow_links(self) -> None:
+        """At once: until the packet path knows of a new MAC address, the kernel gets the frames to it, and resets."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._upkeep.interval_s):
+                    await self._links_changed.wait()
+            self._links_changed.clear()
+            await self._known_links.look()
+            await asyncio.sleep(LOOK_AT_LINKS_AT_MOST_EVERY_S)
 
     async def _listen_to_frames(self) -> None:
         while True:

@@ -18,6 +18,7 @@ SHARED_MAPS = (
     "flow_counters",
     "loads",
     "wrr_positions",
+    "link_facts",
     *SNAT_MAPS,
     "drop_counters",
     "verdict_counters",

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from xdplb.model import Address, AttachMode
+from xdplb.net.bulk import Device
 from xdplb.net.links import Attached, Attachment, Observed
 from xdplb.net.next_hop_watcher import Kernel
 from xdplb.net.next_hops import Interface
@@ -16,6 +17,7 @@ class Network(Kernel, Protocol):
     """What is asked of `net.links.Links`, where each method is documented; a test may bring another network."""
 
     async def interface(self, name: str) -> Interface: ...
+    async def devices(self) -> dict[int, Device]: ...
     async def observe(self, index: int) -> Observed | None: ...
     async def attached(self, index: int) -> Attached | None: ...
     async def attach(

@@ -129,6 +129,7 @@ class Dataplane:
         self.snat_words: NDArray[np.uint64] = np.frombuffer(self._memory("snat_sets"), np.uint64)
         self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
+        self.link_words: NDArray[np.uint64] = np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8)
         self._traces = self._structs("traces")
 
     @property
@@ -161,8 +162,8 @@ class Dataplane:
 
     def forget_backend(self, backend: int, places: NDArray[np.int64], orphans: bool) -> None:
         """Takes a backend whose entry is empty out of the words at `places`: of remembered flows, behind them of
-        SNAT mappings and flows at NAT backends. A word that a packet changes meanwhile may stay; counts stay right. `orphans`: the flows are kept
-        as those of BACKEND_GONE.
+        SNAT mappings and flows at NAT backends. A word that a packet changes meanwhile may stay; counts stay right.
+        `orphans`: the flows are kept as those of BACKEND_GONE.
         """
         for first in range(0, len(places), abi.REMOVAL_PLACES):
             some = places[first : first + abi.REMOVAL_PLACES].astype(np.uint32)

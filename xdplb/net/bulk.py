@@ -31,6 +31,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x01, 0x04, 0x100, 0x400
 NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_ALT_IFNAME, IFNAMSIZ = 1, 3, 53, 16
+IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_LINK_NETNSID, IFLA_INFO_KIND = 5, 10, 18, 37, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
 RTAX_MTU = 2
@@ -75,6 +76,21 @@ class Link:
     mac: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An interface among others. `mac` is empty where it is not Ethernet; `below` is the one that it stands on, if that
+    is in this network namespace; `master` is the bond or bridge that it belongs to.
+    """
+
+    index: int
+    name: str
+    kind: str
+    mac: bytes
+    up: bool
+    below: int | None
+    master: int | None
+
+
 def local_networks() -> set[Network]:
     """What this host takes for itself: its addresses, and networks that are routed to it as local (AnyIP). Not the
     loopback networks, for which nothing may come from outside.
@@ -106,6 +122,33 @@ def link_named(name: str) -> Link | None:
     ethernet = _LINK.unpack_from(message.body)[2] == rtnl.ARPHRD_ETHER and len(mac) == 6
     now = bytes(fields[IFLA_IFNAME]).rstrip(b"\0").decode()
     return Link(_LINK.unpack_from(message.body)[3], now, mac if ethernet else b"")
+
+
+def devices() -> dict[int, Device]:
+    """All interfaces of this network namespace, by index."""
+    found = (_device(message) for message in _dump(RTM_GETLINK, bytes(_LINK.size)))
+    return {device.index: device for device in found}
+
+
+def _device(message: memoryview) -> Device:
+    _, _, hardware, index, flags, _ = _LINK.unpack_from(message)
+    fields = dict(attributes(message, _LINK.size))
+    mac = bytes(fields.get(IFLA_ADDRESS, b""))
+    kind = dict(attributes(fields.get(IFLA_LINKINFO, memoryview(b"")), 0)).get(IFLA_INFO_KIND)
+    below, master = fields.get(IFLA_LINK), fields.get(IFLA_MASTER)
+    return Device(
+        index=index,
+        name=_text(fields[IFLA_IFNAME]),
+        kind=_text(kind) if kind else "",
+        mac=mac if hardware == rtnl.ARPHRD_ETHER and len(mac) == 6 else b"",
+        up=bool(flags & rtnl.IFF_UP),
+        below=_WORD.unpack(below)[0] if below and IFLA_LINK_NETNSID not in fields else None,
+        master=_WORD.unpack(master)[0] if master else None,
+    )
+
+
+def _text(raw: memoryview) -> str:
+    return bytes(raw).rstrip(b"\0").decode(errors="surrogateescape")
 
 
 def routes(addresses: Collection[Address]) -> dict[Address, Route | None]:
@@ -340,13 +383,14 @@ def _dump(kind: int, header: bytes, strict: bool = False) -> list[memoryview]:
         for _ in range(ATTEMPTS):
             flags = NLM_F_REQUEST | NLM_F_DUMP
             requests.send(_HEADER.pack(_HEADER.size + len(header), kind, flags, 1, 0) + header)
-            found, interrupted = _answers(requests)
+            found, interrupted = answers(requests)
             if not interrupted:
                 break
     return found
 
 
-def _answers(requests: socket.socket) -> tuple[list[memoryview], bool]:
+def answers(requests: socket.socket) -> tuple[list[memoryview], bool]:
+    """The payloads of all messages of a dump, and whether the table changed underneath."""
     found: list[memoryview] = []
     interrupted = False
     while True:

@@ -97,6 +97,10 @@ class Links:
         suggestion = f"did you mean '{close[0]}'? " if close else ""
         raise NotCapable(f"no interface is named '{name}'", f"{suggestion}this host has: {', '.join(names)}")
 
+    async def devices(self) -> dict[int, bulk.Device]:
+        """All interfaces of this host by index, and which stands on which."""
+        return await asyncio.to_thread(bulk.devices)
+
     async def observe(self, index: int) -> Observed | None:
         """None where the interface is gone from this network namespace."""
         try:

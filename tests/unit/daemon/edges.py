@@ -24,6 +24,7 @@ from xdplb.daemon.engine import Engine, Retired
 from xdplb.errors import NotCapable
 from xdplb.model import Address, AttachMode, Backend, Check, CheckType, Config, Forward, Listen, Protocol, Scheduler
 from xdplb.model import Service as ServiceConfig
+from xdplb.net.bulk import Device
 from xdplb.net.links import Attached, Attachment, Observed
 from xdplb.net.next_hops import Event, Interface, Neighbour, NeighbourKey, Nud, Route
 
@@ -153,6 +154,9 @@ class Kernel:
             if name == interface.name:
                 return interface
         raise NotCapable(f"no interface is named '{name}'")
+
+    async def devices(self) -> dict[int, Device]:
+        return {i.index: Device(i.index, i.name, i.kind, i.mac, i.up, None, i.master) for i in self.links}
 
     async def observe(self, index: int) -> Observed | None:
         for interface in self.links:
