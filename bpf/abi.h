@@ -170,6 +170,7 @@ struct drop_counters {
 	__u64 ports_exhausted;  /* full NAT: all places that the flow could have are taken by live ones */
 	__u64 ports_in_use;     /* NAT: another flow has the client's address and port at the backend: answered likewise */
 	__u64 unanswerable;     /* an answer was due, but the packet must not have one (RFC 1122 3.2.2; a reset) */
+	__u64 answer_limited;   /* an answer was due, but there were too many lately (answer_limit.h) */
 };
 
 /* Per CPU: what happened to all packets. Ordered as enum xdp_action. */
@@ -223,6 +224,12 @@ struct found {
 	__u32 version;
 	__u32 protocol;
 	__u32 fragment;
+};
+
+/* A source's share of ICMP errors: credit grows from `since` on, in nanoseconds. */
+struct answer_budget {
+	__u64 source; /* the keyed hash of its address */
+	__u64 since;
 };
 
 /* Facts about interfaces whose words have one hash (links.h), a cache line of them. A word of 0 is free. */

@@ -13,6 +13,9 @@
 #undef BPF_TABLE_PINNED
 #define BPF_TABLE_PINNED(type, key, leaf, name, entries, pin, flags) BPF_F_TABLE(type, key, leaf, name, entries, flags)
 
+#define ANSWER_BUDGETS 4096
+#define ANSWER_TOTALS 3 /* of resets, errors, "too big" */
+
 /* Slots by the cache line: an array's elements are padded to 8 bytes, so single words would take twice the memory. */
 struct slot_block {
 	__u32 slot[16];
@@ -54,6 +57,10 @@ BPF_TABLE_PINNED("array", __u32, struct probe_way, probe_ways, MAX_PROBES, PIN("
 
 BPF_TABLE_PINNED("array", __u32, struct flow_set, nat_sets, NAT_SETS, PIN("nat_sets"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct nat_hint, nat_hints, BACKENDS + 1, PIN("nat_hints"), BPF_F_MMAPABLE);
+
+BPF_TABLE_PINNED("array", __u32, struct answer_budget, answer_budgets, ANSWER_BUDGETS, PIN("answer_budgets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, __u64, answer_totals, ANSWER_TOTALS, PIN("answer_totals"), BPF_F_MMAPABLE);
+
 BPF_TABLE_PINNED("array", __u32, struct link_facts, link_facts, 1 << LINK_SET_BITS, PIN("link_facts"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);

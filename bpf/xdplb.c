@@ -47,6 +47,7 @@
 #include "snat.h"
 #include "icmp.h"
 #include "answer.h"
+#include "answer_limit.h"
 #include "balance.h"
 #include "fullnat.h"
 #include "probe.h"
@@ -371,12 +372,16 @@ int xdplb_answer(struct xdp_md *ctx)
 	if (!answerable(p))
 		return drop(call->service, REASON(unanswerable));
 	if (call->kind == ANSWER_TOO_BIG) {
+		if (!may_answer(TOTAL_TOO_BIG))
+			return drop(call->service, REASON(answer_limited));
 		count_reason(call->service, REASON(too_big));
 		return answer_too_big(p, call->mtu);
 	}
 	tcp = p->protocol == IPPROTO_TCP && parse_transport(p, true) == PARSED;
 	if (tcp && p->tcp_flags & TCP_RST)
 		return drop(call->service, REASON(unanswerable));
+	if (!(tcp ? may_answer(TOTAL_RESETS) : may_tell(&p->source)))
+		return drop(call->service, REASON(answer_limited));
 	count_reason(call->service, call->kind == ANSWER_IN_USE ? REASON(ports_in_use) : REASON(rejected));
 	return tcp ? answer_reset(p) : answer_unreachable(p);
 }

@@ -321,6 +321,8 @@ class World:
     def __init__(self, plane: Dataplane, interfaces: Mapping[str, int]) -> None:
         self.plane = plane
         self.interfaces = interfaces
+        self.answer_budgets = np.frombuffer(syscall.map_memory(plane.fd("answer_budgets")), np.uint64).reshape(-1, 2)
+        self.answer_totals = np.frombuffer(syscall.map_memory(plane.fd("answer_totals")), np.uint64)
         self.config = Config(interfaces=("front", "back"), services=SERVICES)
         self.engine = Engine(plane, KEY, self.config, Statuses(), Applied(plane.geometry), Retired())
         for entry in SERVICES:
@@ -371,6 +373,8 @@ class World:
         """Empties what packets teach."""
         self.plane.nat_hints[:] = 0
         self.plane.nat_words[:] = 0
+        self.answer_budgets[:] = 0
+        self.answer_totals[:] = 0
         for key in syscall.elements(self.plane.fd("fragments")):
             syscall.delete(self.plane.fd("fragments"), key)
 
