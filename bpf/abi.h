@@ -74,7 +74,8 @@ struct backend {
 	__be16 port; /* 0: keep the packet's own */
 	__u16 mtu;   /* of the way there; the largest IP packet */
 	__u8 flags;
-	__u8 pad[3];
+	__u8 pad;
+	__u16 kernel_mtu; /* with BACKEND_BY_KERNEL: the same, and mtu may be 0, so that no packet passes as usual */
 };
 
 /*

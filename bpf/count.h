@@ -8,6 +8,7 @@
 #define XDPLB_COUNT_H
 
 #include "frame.h"
+#include "links.h"
 #include "maps.h"
 
 /* Index of a named counter in the struct that holds it. */
@@ -48,6 +49,19 @@ static __always_inline int drop(__u32 service, __u32 reason)
 static __always_inline enum xdp_action way_out(struct xdp_md *ctx, __u32 ifindex)
 {
 	return ifindex == ingress(ctx) && !TX_BY_REDIRECT ? XDP_TX : XDP_REDIRECT;
+}
+
+/* Can frames leave by the interface? If not, the control plane hears that some should have. */
+static __always_inline bool can_send(struct xdp_md *ctx, __u32 ifindex)
+{
+	__u32 index = ifindex % LINKS_MISSED, *missed;
+
+	if (way_out(ctx, ifindex) == XDP_TX || !link_has(ifindex, LINK_TAKES_NO_FRAMES))
+		return true;
+	missed = links_missed.lookup(&index);
+	if (missed)
+		*missed = ifindex;
+	return false;
 }
 
 static __always_inline int send(struct xdp_md *ctx, __u32 ifindex)

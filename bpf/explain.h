@@ -62,6 +62,12 @@ static __always_inline struct backend *explain_decision(const struct flow *flow,
 	return backend;
 }
 
+/* The packet is shown as it leaves in the end, also where the kernel forwards it. */
+static __always_inline enum xdp_action way_to(struct xdp_md *ctx, const struct backend *backend)
+{
+	return backend->flags & BACKEND_BY_KERNEL ? XDP_PASS : way_out(ctx, backend->ifindex);
+}
+
 /* fullnat.h's way to the backend. A flow that has no SNAT mapping yet keeps its own address and port here. */
 static __always_inline int explain_full_nat(struct packet *p, const struct flow *flow, struct backend *backend,
 					    struct trace *trace)
@@ -89,7 +95,7 @@ static __always_inline int explain_full_nat(struct packet *p, const struct flow 
 	trace->largest = backend->mtu;
 	take_hop(p);
 	translate(p, &backend->address, backend->port, false);
-	return address_frame(p->ctx, backend) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+	return address_frame(p->ctx, backend) ? way_to(p->ctx, backend) : XDP_ABORTED;
 }
 
 /* nat.h's way to the backend, where its flows are remembered. */
@@ -136,9 +142,10 @@ static __always_inline int explain_balance(struct packet *p, __u32 service_id, s
 	if (HAVE_NAT && service->forward == FORWARD_NAT && is_remembered(backend, trace->backend))
 		return explain_nat(p, &flow, backend, trace);
 	trace->ifindex = backend->ifindex;
-	trace->largest = backend->mtu - (encapsulates(service) ? outer_length(service, backend) : 0);
+	trace->largest = (backend->flags & BACKEND_BY_KERNEL ? backend->kernel_mtu : backend->mtu) -
+			 (encapsulates(service) ? outer_length(service, backend) : 0);
 	take_hop(p);
-	return rewrite(p, service, backend, flow.hash) ? way_out(p->ctx, backend->ifindex) : XDP_ABORTED;
+	return rewrite(p, service, backend, flow.hash) ? way_to(p->ctx, backend) : XDP_ABORTED;
 }
 
 /* nat.h's `reply_from`, uncounted. The largest packet is the kernel's affair. */

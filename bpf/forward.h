@@ -23,6 +23,19 @@ static __always_inline int answer(struct xdp_md *ctx, enum answer kind, __u32 se
 	return continue_at(ctx, STAGE_ANSWER);
 }
 
+/* Has the kernel forward the packet to the backend (by_kernel.h). The frame must still be as it came. */
+static __always_inline int leave_to_kernel(struct xdp_md *ctx, __u32 backend)
+{
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (call) {
+		call->backend = backend;
+		call->port = 0;
+	}
+	return continue_at(ctx, STAGE_BY_KERNEL);
+}
+
 static __always_inline int no_backend(const struct packet *p, const struct service *service, __u32 id)
 {
 	if (service->flags & SERVICE_REJECT)
@@ -41,7 +54,10 @@ static __always_inline bool admit_with(struct packet *p, const struct backend *b
 		return false;
 	}
 	if (p->length + room > backend->mtu) {
-		*action = answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->mtu - room);
+		if (backend->flags & BACKEND_BY_KERNEL)
+			*action = leave_to_kernel(p->ctx, id);
+		else
+			*action = answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->mtu - room);
 		return false;
 	}
 	count_forwarded(id, p->length, (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);

@@ -13,8 +13,14 @@
 #include "lookup.h"
 #include "nat.h"
 
-static __always_inline int send_to(struct xdp_md *ctx, const struct backend *backend)
+static __always_inline int send_to(struct packet *p, const struct backend *backend)
 {
+	struct xdp_md *ctx = p->ctx;
+
+	if (backend->flags & BACKEND_BY_KERNEL) {
+		give_hop(p);
+		return pass();
+	}
 	return address_frame(ctx, backend) ? send(ctx, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
@@ -50,7 +56,7 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 		return action;
 	translate(p, &source, port, true);
 	translate(p, &backend->address, backend->port, false);
-	return send_to(p->ctx, backend);
+	return send_to(p, backend);
 }
 
 /* To a source address of full NAT. A packet that has no mapping is the host's own. */
@@ -114,7 +120,7 @@ static __always_inline int full_nat_error_to_backend(struct packet *p, struct qu
 	sum += replace_outer(p, &backend->address, false);
 	sum += replace_outer(p, &source, true); /* the backend may know no way to the router, and doubt what comes from there */
 	patch_icmp(p, sum);
-	return send_to(p->ctx, backend);
+	return send_to(p, backend);
 }
 
 /* An error that came to a source address, about a client's packet on its way to a backend. */

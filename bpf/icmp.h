@@ -206,6 +206,15 @@ static __always_inline __be16 port_at_backend(const struct quoted *q, const stru
 	return NAT_OWNER(nat_tuple(pair, other, port, q->protocol).word) == nat_owner(id, true) ? other : 0;
 }
 
+/* An error to a service's address becomes one to its backend. */
+static __always_inline void translate_error(struct packet *p, struct quoted *q, const struct backend *backend, __u32 id)
+{
+	__u64 sum = translate_quoted_port(p, q, port_at_backend(q, backend, id), false);
+
+	sum += translate_quoted(p, q, &backend->address, backend->port, true);
+	patch_icmp(p, sum + replace_outer(p, &backend->address, false));
+}
+
 /* An error that a router or the client sent to a service's address, about a packet of the service's backend. */
 static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, struct service *service, __u32 service_id)
 {
@@ -213,7 +222,7 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, s
 	struct flow flow = {};
 	struct backend *backend;
 	int action;
-	__u64 hash, sum;
+	__u64 hash;
 
 	ports = q->ports >> 16 | q->ports << 16; /* as the client sends them */
 	hash = hash_flow(service, &q->destination, ports);
@@ -228,12 +237,8 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, s
 		return drop(service_id, REASON(no_backend));
 	if (!admit(p, service, backend, id, &action))
 		return action;
-	if (HAVE_NAT && service->forward == FORWARD_NAT) {
-		sum = translate_quoted_port(p, q, port_at_backend(q, backend, id), false);
-		sum += translate_quoted(p, q, &backend->address, backend->port, true);
-		sum += replace_outer(p, &backend->address, false);
-		patch_icmp(p, sum);
-	}
+	if (HAVE_NAT && service->forward == FORWARD_NAT)
+		translate_error(p, q, backend, id);
 	return emit(p, service, backend, hash);
 }
 

@@ -15,6 +15,7 @@
 
 /* No interface owns these: they are for many. */
 #define LINK_MACS_ARE_KNOWN 0x01ULL
+#define LINK_TAKES_NO_FRAMES 0xffffffffffffULL /* what XDP redirects there is lost, and nobody is told */
 
 /* `what`: a MAC address in its lower 48 bits, as it stands in the frame. The upper bits do not matter. */
 static __always_inline __u64 link_word(__u32 ifindex, __u64 what)

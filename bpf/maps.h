@@ -13,6 +13,7 @@
 #undef BPF_TABLE_PINNED
 #define BPF_TABLE_PINNED(type, key, leaf, name, entries, pin, flags) BPF_F_TABLE(type, key, leaf, name, entries, flags)
 
+#define LINKS_MISSED 64 /* a power of two */
 #define ANSWER_BUDGETS 4096
 #define ANSWER_TOTALS 3 /* of resets, errors, "too big" */
 
@@ -62,6 +63,7 @@ BPF_TABLE_PINNED("array", __u32, struct answer_budget, answer_budgets, ANSWER_BU
 BPF_TABLE_PINNED("array", __u32, __u64, answer_totals, ANSWER_TOTALS, PIN("answer_totals"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("array", __u32, struct link_facts, link_facts, 1 << LINK_SET_BITS, PIN("link_facts"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, __u32, links_missed, LINKS_MISSED, PIN("links_missed"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct found, founds, 1, PIN("founds"), 0);

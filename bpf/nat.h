@@ -154,7 +154,8 @@ enum route { ROUTE_SEND, ROUTE_KERNEL, ROUTE_KERNEL_UNTOUCHED, ROUTE_TOO_BIG };
 
 /*
  * The kernel's way from here to `destination`. What XDP cannot send itself the kernel gets: translated, where it only has to
- * find the neighbour's MAC first or to fragment; untouched, where it is the addressee or has to tell the backend off.
+ * find the neighbour's MAC first, to fragment, or to send where XDP cannot; untouched, where it is the addressee or has to tell
+ * the backend off.
  */
 static __always_inline enum route find_route(const struct packet *p, const struct address *source,
 					     const struct address *destination, struct bpf_fib_lookup *fib)
@@ -175,7 +176,7 @@ static __always_inline enum route find_route(const struct packet *p, const struc
 	}
 	switch (bpf_fib_lookup(p->ctx, fib, sizeof(*fib), 0)) {
 	case BPF_FIB_LKUP_RET_SUCCESS:
-		return ROUTE_SEND;
+		return can_send(p->ctx, fib->ifindex) ? ROUTE_SEND : ROUTE_KERNEL;
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		return ROUTE_KERNEL;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:

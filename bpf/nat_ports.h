@@ -142,6 +142,8 @@ static __always_inline int move_to_backend(struct packet *p, const struct tail_c
 
 	if (!backend)
 		return verdict(XDP_ABORTED);
+	if (backend->flags & BACKEND_BY_KERNEL)
+		return continue_at(p->ctx, STAGE_BY_KERNEL);
 	if (!admit_with(p, backend, call->backend, 0, &action))
 		return action;
 	translate(p, &p->source, call->port, true);

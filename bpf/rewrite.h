@@ -46,6 +46,20 @@ static __always_inline void take_hop(struct packet *p)
 	p->ip4->ttl--;
 }
 
+/* What `take_hop` took. */
+static __always_inline void give_hop(struct packet *p)
+{
+	__u32 check;
+
+	if (p->version == 6) {
+		p->ip6->hop_limit++;
+		return;
+	}
+	check = p->ip4->check + 0xffff - be16(0x0100);
+	p->ip4->check = check + (check >> 16);
+	p->ip4->ttl++;
+}
+
 /*
  * The transport's checksum after changes that `sum` gathered. A later fragment has none: its first one was changed. UDP may go
  * without, over IPv6 too (RFC 6935).

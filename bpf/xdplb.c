@@ -14,6 +14,7 @@
  *   xdplb_nat_choose        which port a client's flow has at its NAT backend, likewise, and if others want the same
  *   xdplb_nat_moved         and on the way there
  *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
+ *   xdplb_by_kernel         changes packets that the kernel forwards, where XDP cannot send them (by_kernel.h)
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
  *   xdplb_explain           sees the packets that the control plane makes up
@@ -46,6 +47,7 @@
 #include "watchdog.h"
 #include "snat.h"
 #include "icmp.h"
+#include "by_kernel.h"
 #include "answer.h"
 #include "answer_limit.h"
 #include "balance.h"
@@ -323,6 +325,21 @@ int xdplb_schedule(struct xdp_md *ctx)
 		return verdict(XDP_ABORTED);
 	choice->backend = choose(choice);
 	return continue_at(ctx, choice->backend ? STAGE_FULL : STAGE_SCHEDULE);
+}
+
+int xdplb_by_kernel(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	struct quoted quoted = {};
+	struct tail_call *call;
+	__u32 zero = 0;
+
+	call = tail_calls.lookup(&zero);
+	if (!call || parse_network(p, ctx, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	if (is_icmp(p) ? !is_icmp_error(p) || !parse_quoted(p, &quoted) : parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	return by_kernel(p, &quoted, call->backend, call->port);
 }
 
 int xdplb_probe(struct xdp_md *ctx)

@@ -89,6 +89,8 @@ class BackendFlag(enum.IntFlag):
     """NAT: a packet of the backend does not say whose it is. It sends datagrams, or other services share its port."""
     KEEP = 8
     """`on_down: keep`: goes on with the flows that it has, up or not."""
+    BY_KERNEL = 16
+    """The kernel forwards packets to it: they leave by an interface that takes no frames of XDP."""
 
 
 class Stage(enum.IntEnum):
@@ -106,6 +108,7 @@ class Stage(enum.IntEnum):
     NAT_REPLY = 11
     NAT_CHOOSE = 12
     NAT_MOVED = 13
+    BY_KERNEL = 14
 
 
 class FlowState(enum.IntEnum):

@@ -195,6 +195,25 @@ def test_there_and_back(gateway: Gateway, version: int, protocol: str) -> None:
     assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(flow.back().hop()), FRONT_MAC, CLIENT_MAC)))
 
 
+def test_there_and_back_by_the_kernel(gateway: Gateway, version: int, protocol: str) -> None:
+    """It gets the packet translated, in a frame to this host and with all its hops."""
+    build, flow = TRANSPORTS[protocol], client(version, protocol)
+    for key, (id_, _) in list(gateway.engine.applied.backends.items()):
+        next_hop = gateway.engine.statuses.get(key).next_hop
+        assert next_hop is not None and id_
+        status = BackendStatus(HealthState.UP, Admin.ACTIVE, None, replace(next_hop, by_kernel=True))
+        gateway.engine.update(key, status)
+    gateway.engine.apply_all()
+    verdict, out = gateway.run(frame((tcp("S") if protocol == "tcp" else udp())(flow)))
+    assert verdict is Verdict.PASS and reference.faults(raw(out)) == []
+    seen = ends(out)
+    assert (seen.source, seen.port, seen.ttl) == (SOURCE[version], BACKEND_PORT[protocol], flow.ttl)
+    verdict, out = gateway.run(frame(build(flow)))
+    assert (verdict, raw(out)) == (Verdict.PASS, raw(frame(build(seen))))
+    verdict, out = gateway.run(frame(build(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
+    assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(flow.back().hop()), FRONT_MAC, CLIENT_MAC)))
+
+
 def test_every_flow_has_a_port_of_its_own_and_keeps_it(gateway: Gateway, version: int, protocol: str) -> None:
     flows = [client(version, protocol, number) for number in range(2000)]
     seen = [gateway.open(flow, protocol) for flow in flows]

@@ -46,6 +46,15 @@ while True:
 """
 """Takes an upload until its end, and says how many bytes it was."""
 
+LISTENER = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 6400), family=int(sys.argv[2]))
+print("ready", flush=True)
+connection, _ = server.accept()
+connection.sendall(b"the gateway itself")
+"""
+"""Takes one connection at one address."""
+
 SPEAKER = """
 import errno, socket, sys
 family, port = (socket.AF_INET, socket.AF_INET6)[sys.argv[1] == "6"], int(sys.argv[2])
@@ -203,6 +212,23 @@ def test_an_icmp_error_reaches_the_backend_of_its_flow(lab: Laboratory, balancer
         raw.sendto(header + b"more", (str(VIP[version]), 0))
     assert speaker.wait() == 0
     assert "ECONNREFUSED" in speaker.log()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_gateway_is_no_client_of_its_own_services(lab: Laboratory, balancer: Balancer, version: int) -> None:
+    """Its kernel takes the service's address for its own: what it sends there meets no interface, and so no XDP."""
+    with pytest.raises(ConnectionRefusedError):
+        fetch(lab.gateway, VIP[version], 80)
+    with pytest.raises(ConnectionRefusedError):
+        ask_udp(lab.gateway, VIP[version], ECHO)
+    backend = backends_of(lab, version)[0]
+    assert fetch(lab.gateway, backend["address"], 80) == backend["name"], "it reaches the backends themselves"
+    own = [sys.executable, "-c", LISTENER, str(VIP[version]), str(int(family_of(VIP[version])))]
+    lab.gateway.popen(own).wait_for_line("ready")
+    with lab.gateway.socket(family_of(VIP[version]), socket.SOCK_STREAM) as connection:
+        connection.settimeout(2)
+        connection.connect((str(VIP[version]), 6400))
+        assert connection.recv(100) == b"the gateway itself"
 
 
 @pytest.mark.usefixtures("able", "bpf_able")

@@ -187,11 +187,14 @@ class _Story:
         service = self._to_service
         if service is None:
             return self._why_no_service()
+        why = self._why(service)
         if service.forward is Forward.FULL_NAT and self._trace.reason is not Reason.MAPPED and self._trace.backend:
-            return f"{self._why(service)}; its source becomes an address and port of ours when it comes"
+            why += "; its source becomes an address and port of ours when it comes"
         if (port := self._port_at_backend(service)) is not None:
-            return f"{self._why(service)}; another flow has its port there, so its source port becomes {port}"
-        return self._why(service)
+            why += f"; another flow has its port there, so its source port becomes {port}"
+        if self._trace.verdict == "pass" and self._trace.backend:
+            why += "; the kernel sends it on, because that interface takes no frames from XDP"
+        return why
 
     def _port_at_backend(self, service: Service) -> int | None:
         """The client's port as the NAT backend sees it, if that is another one."""
@@ -308,7 +311,7 @@ class _Story:
             return f"{of}, but no route leads from here to {self._flow.destination.address}: the kernel gets it"
         translated = f"{of}: its source becomes {frames.read(trace.after).source}"
         if trace.verdict == "pass":
-            return f"{translated}; the kernel sends it on, because it has to find the next hop first"
+            return f"{translated}; the kernel sends it on: it has to find the next hop first, or XDP cannot send there"
         return translated
 
     def _name(self, backend: int) -> str:

@@ -113,6 +113,9 @@ def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tu
     address, port, next_hop = backend.config.address, backend.config.port or 0, backend.next_hop
     if next_hop is None:
         return BackendEntry(address, service_id, port, flags)
+    mtu = min(next_hop.mtu, 65535)
+    if next_hop.by_kernel:
+        flags |= BackendFlag.BY_KERNEL
     source, spread = _source(tunnels, next_hop.source, service.forward, address)
     return BackendEntry(
         address=address,
@@ -123,7 +126,8 @@ def backend_entry(service: Service, backend: DesiredBackend, service_id: int, tu
         source_spread=spread,
         ifindex=next_hop.ifindex,
         macs=next_hop.dest_mac + next_hop.source_mac,
-        mtu=min(next_hop.mtu, 65535),
+        mtu=0 if next_hop.by_kernel and service.forward is not Forward.FULL_NAT else mtu,
+        kernel_mtu=mtu if next_hop.by_kernel else 0,
         load_weight=backend.weight if backend.up and not service.scheduler.hashes else 0,
     )
 

@@ -32,6 +32,8 @@ class BackendEntry:
     ifindex: int = 0
     macs: bytes = bytes(12)
     mtu: int = 0
+    kernel_mtu: int = 0
+    """The same where `mtu` is 0, so that the packet path takes another way."""
     load_weight: int = 0
     """Its share of new flows, where a scheduler chooses; 0 unless it is up."""
 

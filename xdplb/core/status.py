@@ -21,6 +21,8 @@ class NextHop:
     dest_mac: bytes
     source: Address | None
     mtu: int
+    by_kernel: bool = False
+    """The kernel has to send packets there, because the interface takes no frames of XDP."""
 
 
 FULL_RAMP = 20

@@ -31,6 +31,7 @@ from xdplb.daemon.engine import Engine
 from xdplb.daemon.failover import Failover
 from xdplb.daemon.generations import Generations
 from xdplb.daemon.host import Host
+from xdplb.daemon.known_links import Told
 from xdplb.daemon.lock import holder, locked
 from xdplb.daemon.logs import log_to_stderr
 from xdplb.daemon.loop_lag import LoopLag
@@ -110,16 +111,6 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
     notes = left or Manifest([], "", {}, {})
     notes.interfaces = [interface.name for interface in interfaces]
     alarms = Alarms()
-    owner = Host(
-        links,
-        instance,
-        interfaces,
-        alarms,
-        on_probe_link=lambda ends: reloader.probe_by(ends),
-        link_words=lambda: reloader.engine.plane.link_words if reloader.engine else None,
-    )
-    await owner.refuse_foreign(options.replace)
-
     overrides = Overrides.of(instance)
     monitor = BackendMonitor(
         links,
@@ -129,6 +120,16 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         probing=Probing(device_of(interfaces[0])),
         on_check_trouble=partial(_alarm_of_checks, alarms),
     )
+    owner = Host(
+        links,
+        instance,
+        interfaces,
+        alarms,
+        on_probe_link=lambda ends: reloader.probe_by(ends),
+        told=Told(monitor, lambda: reloader.engine.plane if reloader.engine else None),
+    )
+    await owner.refuse_foreign(options.replace)
+
     tx_by_redirect = any(interface.kind == "veth" for interface in interfaces)
     reloader = Reloader(
         options.config,

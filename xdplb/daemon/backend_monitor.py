@@ -18,13 +18,13 @@ from xdplb.checks.targets import Target, Targets, targets
 from xdplb.core import health
 from xdplb.core.health import AgentWord, CheckResult, Health
 from xdplb.core.slow_start import SlowStart
-from xdplb.core.status import AgentState, BackendStatus, Statuses
+from xdplb.core.status import AgentState, BackendStatus, NextHop, Statuses
 from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.probe_link import Ends
 from xdplb.daemon.probing import Probing
 from xdplb.dataplane.loader import Dataplane
 from xdplb.dataplane.manifest import Manifest
-from xdplb.model import Address, Admin, BackendKey, CheckType, Config, HealthState
+from xdplb.model import Address, Admin, BackendKey, CheckType, Config, Forward, HealthState
 from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
 from xdplb.net.next_hops import LinkEvent, NextHopState, Resolution, next_hop_of
 
@@ -91,6 +91,8 @@ class BackendMonitor:
         self._troubles = 0
         self._troubles_since = 0.0
         self._slow_start = SlowStart()
+        self._forwards: dict[str, Forward] = {}
+        self._refusing: frozenset[int] = frozenset()
 
     async def run(self) -> None:
         """Checks and follows until cancelled."""
@@ -105,6 +107,7 @@ class BackendMonitor:
         A verdict counts until there is a new one, as long as it is about the same address and port.
         """
         self.statuses.follow(config)
+        self._forwards = {service.name: service.forward for service in config.services}
         before, known = self._targets, self.health
         self._targets = targets(config, self._probing.way)
         self.health = {key: self._inherited(key, target, before, known) for key, target in self._targets.items()}
@@ -116,7 +119,7 @@ class BackendMonitor:
         joining = self._slow_start.follow(config, members)
         overrides = self._overrides.held(config)
         for key, target in self._targets.items():
-            next_hop = next_hop_of(self._watcher.records.get(target.address))
+            next_hop = self._way(key, next_hop_of(self._watcher.records.get(target.address)))
             override = overrides.get(key)
             admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
             status_before = BackendStatus() if key in joining else self.statuses.get(key)
@@ -289,10 +292,35 @@ class BackendMonitor:
         next_hop = next_hop_of(record)
         self._lead(record.address)
         for key in self._by_address.get(record.address, ()):
-            self._change(key, lambda status: replace(status, next_hop=next_hop))
+            way = self._way(key, next_hop)
+            self._change(key, lambda status, way=way: replace(status, next_hop=way))  # type: ignore[misc]
         if next_hop is not None and record.address in self._lost:
             self._lost.discard(record.address)
             self._prober.burst(record.address)
+
+    def _way(self, key: BackendKey, next_hop: NextHop | None) -> NextHop | None:
+        """To this service's backend. If XDP cannot send, the kernel can; of dsr it would take the packet itself."""
+        if next_hop is None or next_hop.ifindex not in self._refusing:
+            return next_hop
+        return None if self._forwards.get(key.service) is Forward.DSR else replace(next_hop, by_kernel=True)
+
+    @property
+    def egress(self) -> frozenset[tuple[int, Forward]]:
+        """The interfaces by which packets leave to backends, by index, with the services' modes."""
+        return frozenset(
+            (next_hop.ifindex, self._forwards[key.service])
+            for key, target in self._targets.items()
+            if (next_hop := next_hop_of(self._watcher.records.get(target.address))) is not None
+        )
+
+    def avoid(self, refusing: frozenset[int]) -> None:
+        """XDP cannot send by these interfaces from now on, and by all others it can."""
+        if refusing == self._refusing:
+            return
+        changed, self._refusing = refusing ^ self._refusing, refusing
+        for record in tuple(self._watcher.records.values()):
+            if record.ifindex in changed:
+                self._on_next_hop(record)
 
     def _on_trouble(self, address: Address, reason: str) -> None:
         self._lost.add(address)

@@ -6,7 +6,7 @@
     probes      the veth pair of checks through services' addresses                         probe_link.py
     settings    nat, full-nat: forwarding, accept_local, rp_filter; generic mode: GRO, LRO  kernel_settings.py
     neighbours  entries of backends, kept resolved                                          net/next_hop_watcher.py
-    MACs        those of its interfaces, told to the packet path                            known_links.py
+    interfaces  what they are like, told to the packet path                                 known_links.py
     files       pins on bpffs, the instance's directory below /run                          paths.py
 
 Every change is noted in the ledger before it is made, so that `undo` finds all of them after a kill as well.
@@ -21,13 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from xdplb.core.link_facts import Words
 from xdplb.daemon import kernel_settings, ledger
 from xdplb.daemon.addresses import Addresses
 from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.attachments import Attachments, detach_all, own_programs
 from xdplb.daemon.kernel_settings import KernelSettings
-from xdplb.daemon.known_links import KnownLinks
+from xdplb.daemon.known_links import KnownLinks, Told
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.ports import Ports
@@ -65,12 +64,9 @@ class Host:
         sysctls: Sysctls | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_probe_link: Callable[[Ends], None] = lambda ends: None,
-        link_words: Callable[[], Words | None] = lambda: None,
+        told: Told | None = None,
     ) -> None:
-        """`link_words` is the map of the packet path that `KnownLinks` writes, None while there is none.
-
-        Raises XdplbError where what an earlier run noted cannot be read.
-        """
+        """`told` hears of interfaces. Raises XdplbError where what an earlier run noted cannot be read."""
         self._network = network
         self._instance = instance
         self._alarms = alarms
@@ -82,8 +78,8 @@ class Host:
         self._settings = KernelSettings(self._ports, self._ledger, sysctls or Sysctls())
         device = device_of(interfaces[0])
         self._probe_link = ProbeLink(network, device, self._ledger, sysctls or Sysctls(), on_probe_link)
-        self._surroundings = Surroundings(network, self._ports)
-        self._known_links = KnownLinks(network, self._ports, link_words)
+        self._known_links = KnownLinks(network, self._ports, told)
+        self._surroundings = Surroundings(network, self._ports, self._known_links)
         self._patience = Patience(clock)
         self._config: Config | None = None
         self._raised: set[tuple[str, str]] = set()
@@ -120,6 +116,8 @@ class Host:
                     self._settings.stop_aggregation(interface)
                 why = f": no native XDP here ({attachment.fallback})" if attachment.fallback else ""
                 log.info("%s: attached in %s mode%s", interface.name, attachment.mode, why)
+            await self._ports.look()
+            await self._known_links.look()
 
     async def add_addresses(self, config: Config) -> None:
         """Gives this host the addresses that `config` needs and it lacks. XdplbError where one is refused."""
@@ -222,9 +220,11 @@ class Host:
                 return
             self._ledger.absorb(self._instance)
             found = await self._ports.look()
+            await self._known_links.look()
             found += self._programs.differences()
-            found += await self._surroundings.differences()
+            found += self._surroundings.differences()
             found += self._settings.aggregating()
+            self._settings.forwards_tunnels = self._known_links.forwards_tunnels()
             found += await self._settings.differences(config)
             found += await self._addresses.differences(config)
             found += await self._probe_link.differences()

@@ -24,7 +24,11 @@ _EVERYWHERE = "net/ipv6/conf/all/forwarding"
 
 
 class KernelSettings:
-    """Every change is noted in the ledger before it is made. NAT has the kernel route what XDP cannot send itself."""
+    """Every change is noted in the ledger before it is made. The kernel routes what XDP cannot send itself. With NAT
+    there is always something; with tunnels only if an interface takes no frames of XDP.
+    """
+
+    forwards_tunnels = False
 
     def __init__(self, ports: Ports, ledger: Ledger, sysctls: Sysctls) -> None:
         self._ports = ports
@@ -39,7 +43,7 @@ class KernelSettings:
     def _prepare(self, config: Config) -> None:
         for path, value, _ in self._wrong(config):
             self._set(path, value)
-            log.info("set %s=%s, for nat", path.replace("/", "."), value)
+            log.info("set %s=%s, for %s", path.replace("/", "."), value, self._what_for)
 
     async def differences(self, config: Config) -> list[Difference]:
         mending = config.host.settings is Upkeep.MEND
@@ -48,14 +52,18 @@ class KernelSettings:
             Difference(
                 "setting-changed",
                 path.replace("/", "."),
-                f"{path.replace('/', '.')} is {now}, and nat needs {value}",
+                f"{path.replace('/', '.')} is {now}, and {self._what_for} needs {value}",
                 f"sysctl -w {path.replace('/', '.')}={value}",
                 partial(asyncio.to_thread, self._set, path, value) if mending else None,
                 f"{path.replace('/', '.')} was {now}: set to {value} again",
             )
             for path, value, now in wrong
         ]
-        return together(found, "", "settings are not as nat needs them")
+        return together(found, "", f"settings are not as {self._what_for} needs them")
+
+    @property
+    def _what_for(self) -> str:
+        return "forwarding" if self.forwards_tunnels else "nat"
 
     def _wrong(self, config: Config) -> Iterator[tuple[str, str, str]]:
         """(path, what it should be, what it is), in the order in which they are to be set."""
@@ -66,6 +74,9 @@ class KernelSettings:
 
     def _wanted(self, config: Config) -> Iterator[tuple[str, str]]:
         versions = {s.listen.address.version for s in config.services if s.forward.translates}
+        if self.forwards_tunnels:
+            tunnels = (service for service in config.services if service.forward.encapsulates)
+            versions |= {backend.address.version for service in tunnels for backend in service.backends}
         if 4 in versions:
             for interface in self._ports.present:
                 yield from self._wanted_ipv4(f"net/ipv4/conf/{interface.name}")

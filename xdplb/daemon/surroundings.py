@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 
+from xdplb.daemon.known_links import KnownLinks
 from xdplb.daemon.network import Network
 from xdplb.daemon.ports import Ports
 from xdplb.daemon.upkeep import Difference
-from xdplb.model import AttachMode
+from xdplb.model import Forward
+from xdplb.net.bulk import Device
 from xdplb.net.next_hops import Interface
 
 log = logging.getLogger(__name__)
@@ -19,9 +21,10 @@ FORGOTTEN_AFTER = 3
 class Surroundings:
     """Egress that does not take redirected frames, neighbours that leave checksums to a card that is not there."""
 
-    def __init__(self, network: Network, ports: Ports) -> None:
+    def __init__(self, network: Network, ports: Ports, links: KnownLinks) -> None:
         self._network = network
         self._ports = ports
+        self._links = links
         self._unfinished: dict[tuple[Interface, bytes], int] = {}
 
     async def listen(self) -> None:
@@ -40,26 +43,34 @@ class Surroundings:
                 if where == port and mac not in seen and patience > 1:
                     self._unfinished[port, mac] = patience - 1
 
-    async def differences(self) -> list[Difference]:
+    def differences(self) -> list[Difference]:
         found = [_unfinished(port, mac) for port, mac in self._unfinished]
-        for port in self._ports.present:
-            attached = self._ports.programs[port.index]
-            redirects = len(self._ports.all) > 1 or port.kind == "veth"
-            if attached is None or attached.mode is not AttachMode.NATIVE or not redirects:
-                continue
-            if await self._network.takes_redirected(port.index) is False:
-                found.append(_no_redirect(port))
+        for index, modes in self._links.used_in_vain().items():
+            found.append(_no_redirect(self._links.devices[index], modes))
+        for index in self._links.without_replies():
+            found.append(_past(self._links.devices[index], self._ports))
         return found
 
 
-def _no_redirect(port: Interface) -> Difference:
+def _no_redirect(device: Device, modes: frozenset[Forward]) -> Difference:
     peer = "the peer of a veth needs GRO: ethtool -K PEER gro off, then gro on, while it is up"
-    other = f"see what the driver can: ethtool -i {port.name}"
+    other = f"most cards take frames where an XDP program runs: name {device.name} at xdplb up as well"
+    lost = "; backends of dsr behind it take no traffic" if Forward.DSR in modes else ""
     return Difference(
         "egress-no-redirect",
-        port.name,
-        f"{port.name} drops frames that XDP sends out of it",
-        f"{peer if port.kind == 'veth' else other}; or use --mode generic (slower)",
+        device.name,
+        f"{device.name} takes no frames from XDP: the kernel forwards what leaves by it, which is slower{lost}",
+        f"{peer if device.kind == 'veth' else other}; or use --mode generic (slower)",
+    )
+
+
+def _past(device: Device, ports: Ports) -> Difference:
+    names = " ".join([*(port.name for port in ports.all), device.name])
+    return Difference(
+        "replies-untranslated",
+        device.name,
+        f"replies of nat backends behind {device.name} come in where xdplb does not run: nobody translates them",
+        f"start it there as well: xdplb up {names}",
     )
 
 

@@ -130,6 +130,7 @@ class Dataplane:
         self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
         self.link_words: NDArray[np.uint64] = np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8)
+        self.links_missed: NDArray[np.uint32] = np.frombuffer(self._memory("links_missed"), np.uint32)[::2]
         self._traces = self._structs("traces")
 
     @property

@@ -180,5 +180,6 @@ def _backend_fields(entry: BackendEntry) -> dict[str, Value]:
         "service": entry.service,
         "port": network_order(entry.port),
         "mtu": entry.mtu,
+        "kernel_mtu": entry.kernel_mtu,
         "flags": int(entry.flags),
     }

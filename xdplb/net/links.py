@@ -285,9 +285,9 @@ class Links:
         except NetlinkError as error:
             raise _failed(f"cannot add a route to {address}", error) from error
 
-    async def takes_redirected(self, index: int) -> bool | None:
-        """Whether frames that XDP redirects there are sent. None where this kernel does not tell."""
-        return await asyncio.to_thread(wire.takes_redirected, index)
+    async def refusing(self) -> frozenset[int] | None:
+        """The interfaces that do not send frames which XDP redirects there. None where this kernel does not tell."""
+        return await asyncio.to_thread(wire.refusing)
 
     async def checksums(self, interface: Interface) -> dict[bytes, bool]:
         """Of the hosts that send packets just now, by MAC: whether checksums are finished. Takes half a second."""

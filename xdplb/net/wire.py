@@ -13,7 +13,7 @@ import struct
 import time
 from functools import lru_cache
 
-from xdplb.net.bulk import NLM_F_REQUEST, NLMSG_ERROR, attribute, attributes, messages
+from xdplb.net.bulk import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_ERROR, answers, attribute, attributes, messages
 from xdplb.net.next_hops import Interface
 
 NETLINK_GENERIC, GENL_ID_CTRL = 16, 0x10
@@ -30,17 +30,31 @@ _NETLINK = struct.Struct("=IHHII")
 _GENERIC = struct.Struct("=BBH")
 
 
-def takes_redirected(index: int) -> bool | None:
-    """Whether the driver sends frames that XDP redirects to this interface. A veth does where its peer has GRO switched
-    on, or a program. None where this kernel does not tell (before 6.3), or the interface is gone.
+def refusing() -> frozenset[int] | None:
+    """The interfaces, by index, whose drivers do not send frames that XDP redirects to them. A veth does where its peer
+    has GRO switched on, or a program; most cards do while a program runs on them. None where this kernel does not tell
+    (before 6.3).
     """
     family = _family()
     if family is None:
         return None
-    request = attribute(NETDEV_A_DEV_IFINDEX, struct.pack("=I", index))
-    answer = _ask(family, NETDEV_CMD_DEV_GET, request)
-    features = answer.get(NETDEV_A_DEV_XDP_FEATURES) if answer else None
-    return None if features is None else bool(struct.unpack("=Q", features)[0] & NETDEV_XDP_ACT_NDO_XMIT)
+    body = _GENERIC.pack(NETDEV_CMD_DEV_GET, 1, 0)
+    found = set()
+    with _requests() as requests:
+        header = _NETLINK.pack(_NETLINK.size + len(body), family, NLM_F_REQUEST | NLM_F_DUMP, 1, 0)
+        requests.send(header + body)
+        for answer in answers(requests)[0]:
+            fields = dict(attributes(answer, _GENERIC.size))
+            features = fields.get(NETDEV_A_DEV_XDP_FEATURES)
+            if features is not None and not struct.unpack("=Q", features)[0] & NETDEV_XDP_ACT_NDO_XMIT:
+                found.add(struct.unpack("=I", fields[NETDEV_A_DEV_IFINDEX])[0])
+    return frozenset(found)
+
+
+def _requests() -> socket.socket:
+    requests = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC)
+    requests.settimeout(2)
+    return requests
 
 
 @lru_cache(1)
@@ -51,9 +65,7 @@ def _family() -> int | None:
 
 def _ask(family: int, command: int, body: bytes) -> dict[int, memoryview] | None:
     body = _GENERIC.pack(command, 1, 0) + body
-    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-    with socket.socket(socket.AF_NETLINK, kind, NETLINK_GENERIC) as requests:
-        requests.settimeout(2)
+    with _requests() as requests:
         requests.send(_NETLINK.pack(_NETLINK.size + len(body), family, NLM_F_REQUEST, 1, 0) + body)
         answer = next(messages(memoryview(requests.recv(1 << 16))))
     return None if answer.kind == NLMSG_ERROR else dict(attributes(answer.body, _GENERIC.size))

@@ -184,8 +184,8 @@ class Kernel:
     async def route_through(self, index: int, address: Address) -> None:
         self._do(f"route {address} through {index}")
 
-    async def takes_redirected(self, index: int) -> bool | None:
-        return self.redirects
+    async def refusing(self) -> frozenset[int] | None:
+        return None if self.redirects is None else frozenset(() if self.redirects else [FRONT.index])
 
     async def checksums(self, interface: Interface) -> dict[bytes, bool]:
         return dict(self.senders)
