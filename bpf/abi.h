@@ -209,6 +209,8 @@ struct tail_call {
 	__u32 kind; /* enum answer */
 	__u32 mtu;  /* for "too big" */
 	__u32 backend;
+	__u32 link_length; /* of what has VLAN tags, and leaves by the interface `ifindex` */
+	__u32 ifindex;
 	__be16 port; /* the client's, as the backend is to see it */
 	__u8 pad[6];
 };

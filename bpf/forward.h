@@ -6,6 +6,7 @@
 #include "count.h"
 #include "encap.h"
 #include "rewrite.h"
+#include "untag.h"
 
 static __always_inline bool encapsulates(const struct service *service)
 {
@@ -101,7 +102,7 @@ static __always_inline bool rewrite(struct packet *p, const struct service *serv
 /* The rest of the way of a packet that was changed in other ways. */
 static __always_inline int emit(struct packet *p, const struct service *service, const struct backend *backend, __u32 hash)
 {
-	return wrap(p, service, backend, hash) ? send(p->ctx, backend->ifindex) : verdict(XDP_ABORTED);
+	return wrap(p, service, backend, hash) ? leave(p, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 static __always_inline int forward(struct packet *p, const struct service *service, const struct backend *backend, __u32 id,
@@ -111,7 +112,7 @@ static __always_inline int forward(struct packet *p, const struct service *servi
 
 	if (!admit(p, service, backend, id, &action))
 		return action;
-	return rewrite(p, service, backend, hash) ? send(p->ctx, backend->ifindex) : verdict(XDP_ABORTED);
+	return rewrite(p, service, backend, hash) ? leave(p, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 #endif

@@ -15,13 +15,11 @@
 
 static __always_inline int send_to(struct packet *p, const struct backend *backend)
 {
-	struct xdp_md *ctx = p->ctx;
-
 	if (backend->flags & BACKEND_BY_KERNEL) {
 		give_hop(p);
 		return pass();
 	}
-	return address_frame(ctx, backend) ? send(ctx, backend->ifindex) : verdict(XDP_ABORTED);
+	return address_frame(p->ctx, backend) ? leave(p, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 /* To a service: source and destination become the mapping's and the backend's. */
@@ -80,7 +78,7 @@ static __always_inline int full_nat_to_client(struct packet *p, __u32 source)
 	if (route == ROUTE_KERNEL)
 		return pass();
 	take_hop(p);
-	return send_route(p->ctx, &fib);
+	return send_route(p, &fib);
 }
 
 /* A packet that the first program saw already; what it leads to, a service or a source address. 0: nothing. */
@@ -144,7 +142,7 @@ static __always_inline int full_nat_error_to_client(struct packet *p, struct quo
 	if (find_route(p, from_backend ? &about.service->address : &p->source, &about.tuple->client, &fib) != ROUTE_SEND)
 		return pass();
 	take_hop(p);
-	return send_route(p->ctx, &fib);
+	return send_route(p, &fib);
 }
 
 #endif

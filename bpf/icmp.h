@@ -276,7 +276,7 @@ static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 	if (route == ROUTE_KERNEL)
 		return pass();
 	take_hop(p);
-	return send_route(p->ctx, &fib);
+	return send_route(p, &fib);
 }
 
 #endif

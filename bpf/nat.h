@@ -21,6 +21,7 @@
 #include "lookup.h"
 #include "nat_flows.h"
 #include "rewrite.h"
+#include "untag.h"
 
 /* What a packet from (address, port) to the client is, before one looks at its flags. */
 struct nat_reply {
@@ -198,9 +199,9 @@ static __always_inline bool address_route(struct xdp_md *ctx, const struct bpf_f
 	return true;
 }
 
-static __always_inline int send_route(struct xdp_md *ctx, const struct bpf_fib_lookup *fib)
+static __always_inline int send_route(const struct packet *p, const struct bpf_fib_lookup *fib)
 {
-	return address_route(ctx, fib) ? send(ctx, fib->ifindex) : verdict(XDP_ABORTED);
+	return address_route(p->ctx, fib) ? leave(p, fib->ifindex) : verdict(XDP_ABORTED);
 }
 
 /*
@@ -226,7 +227,7 @@ static __always_inline int reply_from(struct packet *p, __u32 id, __be16 moved)
 	if (route == ROUTE_KERNEL)
 		return pass();
 	take_hop(p);
-	return send_route(p->ctx, &fib);
+	return send_route(p, &fib);
 }
 
 static __always_inline int reply(struct packet *p, __u32 id)

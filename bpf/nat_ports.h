@@ -148,7 +148,7 @@ static __always_inline int move_to_backend(struct packet *p, const struct tail_c
 		return action;
 	translate(p, &p->source, call->port, true);
 	translate(p, &backend->address, backend->port, false);
-	return address_frame(p->ctx, backend) ? send(p->ctx, backend->ifindex) : verdict(XDP_ABORTED);
+	return address_frame(p->ctx, backend) ? leave(p, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
 #endif

@@ -15,6 +15,7 @@
  *   xdplb_nat_moved         and on the way there
  *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
  *   xdplb_by_kernel         changes packets that the kernel forwards, where XDP cannot send them (by_kernel.h)
+ *   xdplb_untag             takes VLAN tags off what is forwarded
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
  *   xdplb_explain           sees the packets that the control plane makes up
@@ -39,6 +40,7 @@
 #include "sweep.h"
 #include "rewrite.h"
 #include "encap.h"
+#include "untag.h"
 #include "forward.h"
 #include "nat_flows.h"
 #include "nat_ports.h"
@@ -358,6 +360,11 @@ int xdplb_probe_reply(struct xdp_md *ctx)
 	if (!HAVE_PROBES || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
 		return pass();
 	return probe_reply(p);
+}
+
+int xdplb_untag(struct xdp_md *ctx)
+{
+	return untag(ctx);
 }
 
 int xdplb_sweep(struct xdp_md *ctx)

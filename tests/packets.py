@@ -36,6 +36,8 @@ Tags = tuple[Packet, ...]
 TAGS: Mapping[str, Tags] = {
     "no tag": (),
     "a VLAN tag": (Dot1Q(vlan=5, prio=3),),
+    "a priority tag": (Dot1Q(vlan=0, prio=5),),
+    "a priority tag in a service tag": (Dot1AD(vlan=7), Dot1Q(vlan=0, prio=1)),
     "QinQ tags": (Dot1AD(vlan=7), Dot1Q(vlan=5)),
 }
 

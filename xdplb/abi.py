@@ -109,6 +109,7 @@ class Stage(enum.IntEnum):
     NAT_CHOOSE = 12
     NAT_MOVED = 13
     BY_KERNEL = 14
+    UNTAG = 15
 
 
 class FlowState(enum.IntEnum):

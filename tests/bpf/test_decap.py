@@ -273,8 +273,7 @@ def more_outside() -> Iterator[Case]:
     """Tags, options, and the option that Linux' own tunnels put in front."""
     for (outside, inside), (name, tunnel) in itertools.product(FAMILIES, TUNNELS.items()):
         packet = tunnel(outside, inner(inside))
-        priority: tuple[Packet, ...] = (Dot1Q(vlan=0, prio=5),)
-        for title, tags in (*list(TAGS.items())[1:], ("a priority tag", priority)):
+        for title, tags in list(TAGS.items())[1:]:
             what = f"{name} of IPv{inside} in IPv{outside} with {title}"
             yield Case(f"{what} is taken off", frame(packet, tags=tags), frame(inner(inside), tags=tags), name)
         three = (Dot1AD(vlan=7), Dot1Q(vlan=5), Dot1Q(vlan=6))

@@ -39,7 +39,7 @@ def delivery(
         title,
         frame(build(flow), tags=tags),
         Verdict.TX,
-        mode.deliver(build, flow, protocol, flow_hash, tags),
+        mode.deliver(build, flow, protocol, flow_hash),
         forwarded(mode.service(protocol), build(flow), new),
     )
 

@@ -66,7 +66,7 @@ def through(mode: Mode, protocol: str, build: Build, tags: Tags = (), **fields: 
             f"{title} {what} reaches the backend",
             frames[index],
             Verdict.TX,
-            mode.deliver(received[index], flow, protocol, later_hash if index else flow_hash, tags),
+            mode.deliver(received[index], flow, protocol, later_hash if index else flow_hash),
             forwarded(mode.service(protocol), sent[index](flow)),
             before=tuple(frames[:index][:1]),
         )

@@ -16,8 +16,10 @@ from packets import (
     ERRORS,
     FRONT_MAC,
     ROUTER,
+    TAGS,
     TRANSPORTS,
     Flow,
+    Tags,
     Verdict,
     fragments,
     frame,
@@ -184,14 +186,15 @@ def client(version: int, protocol: str = "tcp", number: int = 0) -> Flow:
     return Flow(CLIENT[version], VIP[version], 10_000 + number, PORT[protocol])
 
 
-def test_there_and_back(gateway: Gateway, version: int, protocol: str) -> None:
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS.keys())
+def test_there_and_back(gateway: Gateway, version: int, protocol: str, tags: Tags) -> None:
     build, flow = TRANSPORTS[protocol], client(version, protocol)
     seen = gateway.open(flow, protocol)
     assert (seen.source, seen.port) == (SOURCE[version], BACKEND_PORT[protocol])
     assert seen.destination in BACKENDS[version] and seen.source_port >= FIRST_SOURCE_PORT
-    verdict, out = gateway.run(frame(build(flow)))
+    verdict, out = gateway.run(frame(build(flow), tags=tags))
     assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(seen), FRONT_MAC, BACKEND_MAC)))
-    verdict, out = gateway.run(frame(build(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
+    verdict, out = gateway.run(frame(build(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC, tags))
     assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(flow.back().hop()), FRONT_MAC, CLIENT_MAC)))
 
 

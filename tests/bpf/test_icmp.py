@@ -67,7 +67,7 @@ def towards_backend(
     def received(flow: Flow) -> object:
         return icmp(flow, kind, quotation(build, about_at_backend, transport_bytes))
 
-    out = mode.deliver(received, report, protocol, flow_hash, tags)  # type: ignore[arg-type]
+    out = mode.deliver(received, report, protocol, flow_hash)  # type: ignore[arg-type]
     return Case(title, frame(sent, tags=tags), Verdict.TX, out, forwarded(mode.service(protocol), sent))
 
 
@@ -143,7 +143,7 @@ def towards_client(
     sent = icmp(Flow(reporter, CLIENT[mode.version]), kind, quotation(build, at_backend, transport_bytes))
     shown = mode.vip if reporter == mode.backend else reporter
     received = icmp(Flow(shown, CLIENT[mode.version], ttl=63), kind, quotation(build, client_side, transport_bytes))
-    out = frame(received, FRONT_MAC, CLIENT_MAC, tags)
+    out = frame(received, FRONT_MAC, CLIENT_MAC)
     counts = replied(mode.service(protocol), sent)
     before = asked(mode.service(protocol), at_backend, protocol)
     return Case(title, frame(sent, tags=tags), Verdict.REDIRECT, out, counts, before, arrives="back")

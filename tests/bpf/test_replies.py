@@ -51,7 +51,7 @@ def reply(
         title,
         frame(build(at_backend), BACKEND_MAC, FRONT_MAC, tags),
         Verdict.REDIRECT if arrives == "back" else Verdict.TX,
-        frame(build(at_client), FRONT_MAC, mac, tags),
+        frame(build(at_client), FRONT_MAC, mac),
         replied(mode.service(protocol), build(at_backend)),
         asked(mode.service(protocol), at_backend.back(), protocol),
         arrives=arrives,

@@ -28,7 +28,6 @@ from packets import (
     Flow,
     Packet,
     Raw,
-    Tags,
     Verdict,
     frame,
     network,
@@ -113,7 +112,7 @@ class Mode:
         """A client's flow to the service."""
         return Flow(**{"source": CLIENT[self.version], "destination": self.vip, "port": PORTS[protocol]} | fields)  # type: ignore[arg-type]
 
-    def deliver(self, build: Build, flow: Flow, protocol: str, flow_hash: int, tags: Tags = ()) -> Packet:
+    def deliver(self, build: Build, flow: Flow, protocol: str, flow_hash: int) -> Packet:
         """The frame that the backend must get for the packet that `build` makes of `flow`."""
         flow = flow.hop()
         if self.forward is Forward.NAT:
@@ -121,7 +120,7 @@ class Mode:
         packet: Packet | bytes = build(flow)
         if self.forward.encapsulates:
             packet = self.encapsulated(raw(packet), flow, flow_hash)
-        return frame(packet, FRONT_MAC, BACKEND_MAC, tags)
+        return frame(packet, FRONT_MAC, BACKEND_MAC)
 
     def translated(self, flow: Flow, protocol: str) -> Flow:
         """The flow as a NAT backend sees it."""

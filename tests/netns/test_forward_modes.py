@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Dot1Q, Ether
+from scapy.packet import Raw
 from stage import (
     ATTEMPTS,
     VIP,
@@ -14,11 +20,13 @@ from stage import (
     at,
     backends_of,
     balancing,
+    family_of,
     fetch_many,
     service,
     start_decapsulation,
 )
 
+from xdplb.lab.hosts import Host
 from xdplb.lab.laboratory import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
 from xdplb.model import Forward
 
@@ -82,6 +90,26 @@ def check_echo(lab: Laboratory, listen: int, port: int = ECHO_PORT) -> None:
     assert ask_udp(lab.client, VIP[listen], port, largest).partition(b":")[2] == largest
 
 
+def mac(host: Host) -> str:
+    return str(json.loads(host.run(["ip", "-j", "link", "show", "eth0"]).stdout)[0]["address"])
+
+
+def check_priority_tag(lab: Laboratory, listen: int, port: int = ECHO_PORT) -> None:
+    """A question in a frame for VLAN 0, as hosts send them that ask switches for a priority."""
+    with (
+        lab.client.socket(family_of(VIP[listen]), socket.SOCK_DGRAM) as answers,
+        lab.client.socket(socket.AF_PACKET, socket.SOCK_RAW) as wire,
+    ):
+        answers.settimeout(2)
+        answers.connect((str(VIP[listen]), port))
+        source, source_port = answers.getsockname()[:2]
+        header = (IP if listen == 4 else IPv6)(src=source, dst=str(VIP[listen]))
+        link = Ether(src=mac(lab.client), dst=mac(lab.gateway)) / Dot1Q(vlan=0, prio=5)
+        wire.bind(("eth0", 0))
+        wire.send(bytes(link / header / UDP(sport=source_port, dport=port) / Raw(b"urgent")))
+        assert answers.recv(100).partition(b":")[2] == b"urgent"
+
+
 def check_ports(lab: Laboratory, version: int) -> None:
     """A range of ports, whose neighbours are nobody's, and an address all of whose ports are one service."""
     everybody = {host.name for host in lab.backends}
@@ -100,9 +128,11 @@ def test_a_forward_mode_end_to_end(lab: Laboratory, forward: Forward) -> None:
         for version in VERSIONS:
             check_web(lab, version)
             check_echo(lab, version)
+            check_priority_tag(lab, version)
             if forward.encapsulates:
                 check_web(lab, version, 8080)
                 check_echo(lab, version, RANGE[0])
+                check_priority_tag(lab, version, RANGE[0])
             else:
                 check_ports(lab, version)
             if forward is Forward.NAT:
