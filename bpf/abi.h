@@ -78,6 +78,15 @@ struct backend {
 	__u16 kernel_mtu; /* with BACKEND_BY_KERNEL: the same, and mtu may be 0, so that no packet passes as usual */
 };
 
+/* The way of encapsulated packets to one address: what they have for their source, and what routers reported of it. */
+struct tunnel_way {
+	struct address source;
+	__be32 source_spread;
+	__u32 mtu;  /* the largest outer packet, as reported last; 0: never */
+	__u32 tick; /* when that was */
+	__u32 pad;
+};
+
 /*
  * The way of health checks through a service's address to one backend, by their source port; and the way back: the interface
  * and MAC addresses that lead to their sockets (probe.h).

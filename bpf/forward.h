@@ -8,6 +8,8 @@
 #include "rewrite.h"
 #include "untag.h"
 
+#define HAVE_TUNNELS (HAVE_IPIP || HAVE_GUE)
+
 static __always_inline bool encapsulates(const struct service *service)
 {
 	return (HAVE_IPIP && service->forward == FORWARD_IPIP) || (HAVE_GUE && service->forward == FORWARD_GUE);

@@ -130,7 +130,7 @@ static __always_inline int full_nat_error_to_client(struct packet *p, struct quo
 	__u64 sum;
 
 	if (!find_reply_to(source, q->ports & 0xffff, &q->destination, q->ports >> 16, q->protocol, &about) || hops_used_up(p))
-		return pass();
+		return pass_icmp(p->ctx);
 	from_backend = same_address(&p->source, &q->destination);
 	count_reply(about.id, p->length);
 	sum = translate_quoted(p, q, &about.tuple->client, about.tuple->ports & 0xffff, true);

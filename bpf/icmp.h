@@ -92,15 +92,26 @@ static __always_inline bool parse_quoted_ipv6(const struct packet *p, struct quo
 	return true;
 }
 
-static __always_inline bool parse_quoted(const struct packet *p, struct quoted *q)
+static __always_inline bool parse_quoted_network(const struct packet *p, struct quoted *q)
 {
 	q->network = p->transport + sizeof(struct icmphdr);
-	if (!(p->version == 4 ? parse_quoted_ipv4(p, q) : parse_quoted_ipv6(p, q)))
+	return p->version == 4 ? parse_quoted_ipv4(p, q) : parse_quoted_ipv6(p, q);
+}
+
+static __always_inline bool parse_quoted(const struct packet *p, struct quoted *q)
+{
+	if (!parse_quoted_network(p, q))
 		return false;
 	if ((q->protocol != IPPROTO_TCP && q->protocol != IPPROTO_UDP) || !quoted_to(p, q->transport + 8))
 		return false;
 	q->ports = *(__u32 *)q->transport;
 	return true;
+}
+
+/* What is about no flow of a service may be about a tunnel's packet. */
+static __always_inline int pass_icmp(struct xdp_md *ctx)
+{
+	return HAVE_TUNNELS ? continue_at(ctx, STAGE_TUNNEL_ERROR) : pass();
 }
 
 /* Replaces a 16-bit field of the quotation; returns what the ICMP checksum must learn of it. */
@@ -257,7 +268,7 @@ static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 
 	named = find_end(about, q->protocol, q->ports >> 16);
 	if (!named || !same_address(&q->source, &p->destination))
-		return pass();
+		return pass_icmp(p->ctx);
 	reply = find_reply(named, &q->destination, q->ports >> 16, &q->source, q->ports & 0xffff, q->protocol);
 	backend = backends.lookup(&reply.id);
 	service = backend ? services.lookup(&backend->service) : NULL;

@@ -2,7 +2,7 @@
 /*
  * All maps. PIN(name) marks those that are pinned on bpffs, under a hash of this ABI; they outlive the daemon there.
  * PIN_OF_PROGRAM(name) is a pin for each loaded program: stages that two programs share would be those of the later one.
- * Everything that is not per CPU and not an LRU is BPF_F_MMAPABLE: the control plane writes it as memory.
+ * Everything that is not per CPU and no hash is BPF_F_MMAPABLE: the control plane writes it as memory.
  */
 #ifndef XDPLB_MAPS_H
 #define XDPLB_MAPS_H
@@ -26,6 +26,13 @@ struct directory {
 	__u32 half;
 	__u32 alive_until;                   /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
 	__u64 listening[2][LISTENING_WORDS]; /* by half: bits of the addresses that services listen on (lookup.h) */
+};
+
+/* How many reports have come, and for the latest of them to which address their tunnels lead. */
+struct tunnel_news {
+	__u32 count;
+	__u32 pad;
+	struct address latest[TUNNEL_NEWS];
 };
 
 BPF_TABLE_PINNED("array", __u32, struct directory, directory, 1, PIN("directory"), BPF_F_MMAPABLE);
@@ -53,6 +60,9 @@ BPF_TABLE_PINNED("percpu_array", __u32, struct drop_counters, drop_counters, SER
 BPF_TABLE_PINNED("percpu_array", __u32, struct verdict_counters, verdict_counters, 1, PIN("verdict_counters"), 0);
 
 BPF_TABLE_PINNED("lru_hash", struct fragment_key, struct fragment, fragments, FRAGMENTS, PIN("fragments"), 0);
+
+BPF_TABLE_PINNED("hash", struct address, struct tunnel_way, tunnels, BACKENDS, PIN("tunnels"), BPF_F_NO_PREALLOC);
+BPF_TABLE_PINNED("array", __u32, struct tunnel_news, tunnel_news, 1, PIN("tunnel_news"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("array", __u32, struct probe_way, probe_ways, MAX_PROBES, PIN("probe_ways"), BPF_F_MMAPABLE);
 

@@ -16,6 +16,7 @@
  *   xdplb_probe, _reply     health checks through a service's address; the former runs on an interface of its own
  *   xdplb_by_kernel         changes packets that the kernel forwards, where XDP cannot send them (by_kernel.h)
  *   xdplb_untag             takes VLAN tags off what is forwarded
+ *   xdplb_tunnel_error      reports about encapsulated packets
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
  *   xdplb_explain           sees the packets that the control plane makes up
@@ -52,6 +53,7 @@
 #include "by_kernel.h"
 #include "answer.h"
 #include "answer_limit.h"
+#include "tunnel_mtu.h"
 #include "balance.h"
 #include "fullnat.h"
 #include "probe.h"
@@ -137,10 +139,12 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	if (!to || !to->services.count) {
 		if (HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(&p->source))
 			return continue_at(ctx, STAGE_PROBE_REPLY); /* to a check through a service? */
-		if (!HAVE_NAT || parsed == PARSE_MALFORMED)
+		if (!(HAVE_NAT || HAVE_TUNNELS) || parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
 		if (is_icmp(p))
-			return continue_at(ctx, STAGE_ICMP_REPLY);
+			return continue_at(ctx, HAVE_NAT ? STAGE_ICMP_REPLY : STAGE_TUNNEL_ERROR);
+		if (!HAVE_NAT)
+			return pass();
 		if (!full && parsed == PARSE_FULL)
 			return continue_at(ctx, STAGE_FULL);
 		return not_for_service(p, to, full);
@@ -203,13 +207,13 @@ int xdplb_icmp(struct xdp_md *ctx)
 	__u32 target;
 
 	if (!parse_icmp_error(p, ctx, &quoted))
-		return pass();
+		return pass_icmp(ctx);
 	target = find_quoted(p, &quoted);
 	if (is_source(target))
 		return continue_at(ctx, STAGE_FULL_NAT_ICMP_REPLY);
 	service = services.lookup(&target);
 	if (!target || !service)
-		return pass();
+		return pass_icmp(ctx);
 	if (is_martian(p))
 		return drop(target, REASON(martian_source));
 	if (HAVE_FULL_NAT && service->forward == FORWARD_FULL_NAT)
@@ -223,8 +227,15 @@ int xdplb_icmp_reply(struct xdp_md *ctx)
 	struct quoted quoted = {};
 
 	if (!HAVE_NAT || !parse_icmp_error(p, ctx, &quoted))
-		return pass();
+		return pass_icmp(ctx);
 	return icmp_to_client(p, &quoted);
+}
+
+int xdplb_tunnel_error(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+
+	return HAVE_TUNNELS && parse_network(p, ctx, true) == PARSED ? tunnel_error(p) : pass();
 }
 
 int xdplb_full_nat(struct xdp_md *ctx)

@@ -38,6 +38,10 @@ TARGET_SOURCE = 1 << 30
 """In place of a service's id, plus the source address's index: packets to that address are replies."""
 FLOW_WRAPPING = 3072
 """An idle time in ticks at which a flow must be forgotten, before its tick (12 bits) comes round and it looks alive."""
+TUNNEL_MTU_TICKS = 600
+"""How long a report holds that the way of a tunnel carries less than its interface: ten minutes (RFC 1191 6.3)."""
+TUNNEL_NEWS = 64
+"""How many of the latest reports say which tunnel they are about."""
 MAX_BACKEND_IDS = 1 << 17
 """What fits a remembered flow's word."""
 BACKEND_GONE = MAX_BACKEND_IDS - 1
@@ -110,6 +114,7 @@ class Stage(enum.IntEnum):
     NAT_MOVED = 13
     BY_KERNEL = 14
     UNTAG = 15
+    TUNNEL_ERROR = 16
 
 
 class FlowState(enum.IntEnum):
@@ -255,6 +260,8 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "TIMEOUT_DATAGRAM": times.datagram,
         "TIMEOUT_REUSE": times.reuse,
         "SLOT_BACKEND": SLOT_BACKEND,
+        "TUNNEL_MTU_TICKS": TUNNEL_MTU_TICKS,
+        "TUNNEL_NEWS": TUNNEL_NEWS,
         "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
         "BACKEND_GONE": BACKEND_GONE,
         "FLOW_WRAPPING": FLOW_WRAPPING,

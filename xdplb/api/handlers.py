@@ -16,6 +16,7 @@ from xdplb.api.server import Handler, Request
 from xdplb.api.turns import Turns
 from xdplb.config import read as configuration
 from xdplb.config.differences import changes
+from xdplb.core.desired import DesiredBackend
 from xdplb.core.forecast import forecast
 from xdplb.core.health import Health
 from xdplb.core.status import FULL_RAMP, AgentState, BackendStatus, Statuses
@@ -127,6 +128,7 @@ class Handlers:
                         "cause": health.cause,
                         **_agent(status),
                     },
+                    **_path_mtu(status, wanted),
                     **(ramping if status.ramp < FULL_RAMP else {}),
                 }
             )
@@ -236,6 +238,12 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
             if backend.address == flow.source.address and next_hop is not None and next_hop.ifindex in sides:
                 return sides[next_hop.ifindex]
     return daemon.interfaces[0]
+
+
+def _path_mtu(status: BackendStatus, wanted: DesiredBackend) -> dict[str, JSON]:
+    if status.next_hop is None or wanted.next_hop is None or wanted.next_hop.mtu == status.next_hop.mtu:
+        return {}
+    return {"path_mtu": wanted.next_hop.mtu}
 
 
 def _agent(status: BackendStatus) -> dict[str, JSON]:

@@ -33,7 +33,8 @@ class Rates(TypedDict):
 class BackendStatus(TypedDict):
     """`active_flows` is null where not all flows are remembered; `open_flows` are those of `remembered_flows` that have
     neither ended nor fallen silent; `reachable` is whether a next hop is known; `slow_start` is how much of its
-    weight a backend has that grows into it, 0.05 to 0.95.
+    weight a backend has that grows into it, 0.05 to 0.95; `path_mtu` is what the way of encapsulated packets carries,
+    where a router reported less than the interface says.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BackendStatus(TypedDict):
     backup: NotRequired[bool]
     reachable: NotRequired[bool]
     slow_start: NotRequired[float]
+    path_mtu: NotRequired[int]
     check: NotRequired[CheckStatus]
     rates: NotRequired[Rates]
 

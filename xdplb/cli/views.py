@@ -146,6 +146,8 @@ def _why(backend: BackendStatus) -> Text:
         parts.append(Text(f"its agent asks for {check['agent']}", WARNING))
     if not backend.get("reachable", True):
         parts.append(Text("NO NEXT HOP", ALARM))
+    if (path_mtu := backend.get("path_mtu")) is not None:
+        parts.append(Text(f"its tunnel carries {path_mtu} bytes", WARNING))
     if (share := backend.get("slow_start")) is not None:
         parts.append(Text(f"slow start: at {100 * share:.0f} % of its weight", WARNING))
     if backend.get("backup", False):

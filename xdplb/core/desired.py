@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xdplb.core.status import FULL_RAMP, FULL_SHARE, BackendStatus, NextHop, keeps_flows, keeps_flows_when_down
 from xdplb.core.weights import serving
@@ -54,13 +54,21 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
                 weight=weights.get(backend.name, 0),
                 up=backend.name in weights or keeps_flows(statuses[backend.name]),
                 keeps=keeps_flows_when_down(service, statuses[backend.name]),
-                next_hop=statuses[backend.name].next_hop,
+                next_hop=_next_hop(service, statuses[backend.name]),
                 shared=BackendKey(service.name, backend.name) in shared,
             )
             for backend in service.backends
         ),
         scale,
     )
+
+
+def _next_hop(service: Service, status: BackendStatus) -> NextHop | None:
+    """A report counts only where it says less than the interface and the route do."""
+    hop, reported = status.next_hop, status.path_mtu
+    if hop is None or reported is None or not service.forward.encapsulates:
+        return hop
+    return replace(hop, mtu=min(hop.mtu, reported))
 
 
 def _scaled(weights: Mapping[str, int], statuses: Mapping[str, BackendStatus]) -> tuple[Mapping[str, int], int]:

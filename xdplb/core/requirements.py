@@ -16,7 +16,8 @@ _MAX_SLOTS = 1 << 25
 
 
 def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) -> Features:
-    """Stages, families and modes that some service needs. Without services: those of the smallest program."""
+    """Stages, families and modes that some service needs: of families also those outside a tunnel, for errors about its
+    packets. Without services: those of the smallest program."""
     modes = {service.forward for service in config.services}
     listening = {service.listen.address.version for service in config.services}
     outer = {
@@ -26,8 +27,8 @@ def features(config: Config, tx_by_redirect: bool, times: FlowTimes = NO_TIMES) 
         for backend in service.backends
     }
     return Features(
-        ipv4=4 in listening,
-        ipv6=6 in listening,
+        ipv4=4 in listening | outer,
+        ipv6=6 in listening | outer,
         nat=Forward.NAT in modes,
         dsr=Forward.DSR in modes,
         ipip=Forward.IPIP in modes,

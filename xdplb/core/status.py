@@ -56,6 +56,7 @@ _STRICTNESS = list(Admin)
 class BackendStatus:
     """Everything that changes about a backend while its configuration stays. `weight` is None where the file's
     holds; `ramp` is how many twentieths it has of either. `admin` is the operator's word, `agent` the backend's own.
+    `path_mtu` is what routers reported of the way of encapsulated packets there, None where they did not.
     """
 
     health: HealthState = HealthState.UNKNOWN
@@ -64,6 +65,7 @@ class BackendStatus:
     next_hop: NextHop | None = None
     ramp: int = FULL_RAMP
     agent: AgentState = AgentState()
+    path_mtu: int | None = None
 
     @property
     def standing(self) -> Admin:

@@ -40,6 +40,7 @@ from xdplb.daemon.probe_link import device_of
 from xdplb.daemon.probing import Probing
 from xdplb.daemon.reload import Reloader
 from xdplb.daemon.supervision import Supervisor
+from xdplb.daemon.tunnel_mtus import TunnelMtus
 from xdplb.dataplane import manifest
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import XdplbError
@@ -217,6 +218,7 @@ class Daemon:
         self.alarms = alarms
         self.loop_lag = LoopLag()
         self._supervisor = Supervisor(alarms)
+        self._tunnel_mtus = TunnelMtus(lambda: reloader.free_engine, monitor.note_path_mtus)
         self._stop = asyncio.Event()
         self._leaves = False
 
@@ -229,6 +231,7 @@ class Daemon:
                     ("watching backends", self._monitor.run),
                     ("upkeep of the host", self._host.run),
                     ("upkeep of flows", self._settle),
+                    ("the sizes of tunnels", self._tunnel_mtus.run),
                     ("the sign of life", self._beat),
                     ("the measure of the loop", self.loop_lag.measure),
                 )

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from xdplb.checks.endpoint import Via
 from xdplb.checks.process import OpenChecker, open_process
@@ -87,6 +88,7 @@ class BackendMonitor:
         self._by_address: dict[Address, list[BackendKey]] = {}
         self._vias: dict[Address, list[Via]] = {}
         self._lost: set[Address] = set()
+        self._path_mtus: Mapping[Address, int] = {}
         self._news = asyncio.Event()
         self._troubles = 0
         self._troubles_since = 0.0
@@ -124,7 +126,8 @@ class BackendMonitor:
             admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
             status_before = BackendStatus() if key in joining else self.statuses.get(key)
             agent = self._inherited_agent(target, before.get(key), candidates.get(key), status_before)
-            status = BackendStatus(self.health[key].state, admin, weight, next_hop, agent=agent)
+            path_mtu = self._path_mtus.get(target.address)
+            status = BackendStatus(self.health[key].state, admin, weight, next_hop, agent=agent, path_mtu=path_mtu)
             self.statuses.set(key, self._slow_start.step(key, status_before, status, time.monotonic()))
 
     def _inherited(
@@ -170,6 +173,14 @@ class BackendMonitor:
     def override(self, key: BackendKey, admin: Admin, weight: int | None) -> None:
         """By an operator; `weight` is None where the file's holds."""
         self._change(key, lambda status: replace(status, admin=admin, weight=weight))
+
+    def note_path_mtus(self, mtus: Mapping[Address, int]) -> None:
+        """What the ways of encapsulated packets carry, where routers said so: all that is known."""
+        before, self._path_mtus = self._path_mtus, mtus
+        for address in before.keys() | mtus.keys():
+            mtu = mtus.get(address)
+            for key in self._by_address.get(address, ()):
+                self._change(key, partial(replace, path_mtu=mtu))
 
     async def look_ahead(self, config: Config) -> None:
         """Checks the backends of `config` that are new, or not what they were, until there is a verdict on each.

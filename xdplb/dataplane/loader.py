@@ -175,6 +175,10 @@ class Dataplane:
     def fd(self, map_name: str) -> int:
         return self._loaded.fd(map_name)
 
+    def layout(self, map_name: str) -> np.dtype[Any]:
+        """Of the map's values."""
+        return self._loaded.layout(map_name)
+
     def counter_fields(self, map_name: str) -> tuple[str, ...]:
         """Names of a counter struct's fields: they are the names of metrics and JSON fields as well."""
         return self._loaded.fields(map_name)
@@ -227,8 +231,7 @@ class Dataplane:
         return syscall.map_memory(self.fd(name))
 
     def _structs(self, name: str) -> NDArray[Any]:
-        dtype = self._loaded.layout(name)
-        return np.frombuffer(self._memory(name), dtype, syscall.map_shape(self.fd(name)).max_entries)
+        return np.frombuffer(self._memory(name), self.layout(name), syscall.map_shape(self.fd(name)).max_entries)
 
     def _table(self, name: str) -> Table:
         entries = self._structs(name)

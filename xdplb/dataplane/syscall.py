@@ -455,6 +455,16 @@ def write_per_cpu(descriptor: int, key: int, words: NDArray[np.uint64]) -> None:
     _bpf(_MAP_UPDATE, _Element(descriptor, 0, ctypes.addressof(index), values.ctypes.data, 0))
 
 
+def look_up(descriptor: int, key: bytes, size: int) -> bytes | None:
+    """A value of `size` bytes; None where the map has none under the key."""
+    key_buffer, value = ctypes.create_string_buffer(key, len(key)), ctypes.create_string_buffer(size)
+    try:
+        _bpf(_MAP_LOOKUP, _Element(descriptor, 0, ctypes.addressof(key_buffer), ctypes.addressof(value), 0))
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
 def update(descriptor: int, key: bytes, value: bytes) -> None:
     key_buffer, value_buffer = (
         ctypes.create_string_buffer(key, len(key)),

@@ -148,6 +148,11 @@ def test_one_that_grows_into_its_weight_says_so() -> None:
     assert "  4/10  " in line and line.endswith("  L7OK/200, slow start: at 35 % of its weight")
 
 
+def test_one_whose_way_carries_less_than_its_interface_says_so() -> None:
+    answer = a_status(a_backend("a", path_mtu=1400))
+    assert rendered(views.status(answer, NOW)).endswith("  L7OK/200, its tunnel carries 1400 bytes")
+
+
 def test_names_are_text_and_never_markup() -> None:
     answer = a_status(a_backend("a:warning:", address="[fd00::1]:80", reason="[bold]"))
     assert rendered(views.status(answer, NOW)).splitlines()[2].split() == [

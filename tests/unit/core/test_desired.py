@@ -51,6 +51,18 @@ def service(
     return Service(name, listen, forward, Scheduler.MAGLEV, Check(), tuple(backends), on_all_down)
 
 
+@pytest.mark.parametrize("forward", Forward)
+@pytest.mark.parametrize(("reported", "tunnel"), [(None, 1500), (1400, 1400), (9000, 1500)])
+def test_a_report_of_a_router_makes_the_way_of_a_tunnel_smaller_and_nothing_larger(
+    forward: Forward, reported: int | None, tunnel: int
+) -> None:
+    status = replace(UP, path_mtu=reported)
+    (wanted,) = desire(service([backend("a")], forward=forward), {"a": status}, NONE).backends
+    assert wanted.next_hop == replace(NEXT_HOP, mtu=tunnel if forward.encapsulates else 1500)
+    (wanted,) = desire(service([backend("a")], forward=forward), {"a": replace(status, next_hop=None)}, NONE).backends
+    assert wanted.next_hop is None
+
+
 def backend(name: str, weight: int = 1, backup: bool = False) -> Backend:
     return Backend(name, IPv4Address(f"10.0.0.{ord(name[0])}"), None, weight, backup)
 

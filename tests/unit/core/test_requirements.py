@@ -63,9 +63,9 @@ def one(forward: Forward, listen: Address, *addresses: Address) -> Service:
         ((one(Forward.NAT, V6, V6),), {"ipv6", "nat"}),
         ((one(Forward.DSR, V4, V4),), {"ipv4", "dsr"}),
         ((one(Forward.IPIP, V4, V4),), {"ipv4", "ipip", "outer_ipv4"}),
-        ((one(Forward.IPIP, V4, V6),), {"ipv4", "ipip", "outer_ipv6"}),
-        ((one(Forward.IPIP, V6, V4, V6),), {"ipv6", "ipip", "outer_ipv4", "outer_ipv6"}),
-        ((one(Forward.GUE, V6, V4),), {"ipv6", "gue", "outer_ipv4"}),
+        ((one(Forward.IPIP, V4, V6),), {"ipv4", "ipv6", "ipip", "outer_ipv6"}),
+        ((one(Forward.IPIP, V6, V4, V6),), {"ipv4", "ipv6", "ipip", "outer_ipv4", "outer_ipv6"}),
+        ((one(Forward.GUE, V6, V4),), {"ipv4", "ipv6", "gue", "outer_ipv4"}),
         ((one(Forward.NAT, V4, V4), one(Forward.GUE, V6, V6)), {"ipv4", "ipv6", "nat", "gue", "outer_ipv6"}),
     ],
 )

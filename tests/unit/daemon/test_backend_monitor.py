@@ -235,3 +235,18 @@ async def test_what_the_agent_of_a_candidate_says_acts_with_its_configuration(ho
     await house.monitor.look_ahead(config(service("a", "b", check=AGENT)))
     house.monitor.follow(config(service("a", "b", check=AGENT)))
     assert house.monitor.statuses.get(B).standing is Admin.DRAIN
+
+
+@in_house
+async def test_what_routers_report_of_ways_is_told_and_goes_with_the_report(house: House) -> None:
+    two = config(service("a", "b"))
+    house.monitor.follow(two)
+    await house.monitor.first_verdicts()
+    house.changed.clear()
+    a, b = (house.monitor._targets[key].address for key in (A, B))
+    house.monitor.note_path_mtus({a: 1400, ip_address("10.9.9.9"): 1300})
+    assert [house.monitor.statuses.get(key).path_mtu for key in (A, B)] == [1400, None]
+    house.monitor.follow(two)
+    house.monitor.note_path_mtus({b: 1450})
+    assert [house.monitor.statuses.get(key).path_mtu for key in (A, B)] == [None, 1450]
+    assert house.changed == [A, A, B] or house.changed == [A, B, A]
