@@ -128,16 +128,34 @@ class Draft:
 
 
 def read_services(raw: dict[str, object], report: Report) -> list[Draft]:
-    defaults, doubt = read_part(SettingsPart, raw.get("defaults") or {}, ("defaults",), report)
+    defaults = read_defaults(raw, report)
     if "services" not in raw:
         report((), "'services' is missing")
         return []
-    drafts = []
-    for path, item in _items(raw["services"], MAX_SERVICES, ("services",), report):
-        draft = _read_service(item, path, defaults or SettingsPart(), report)
-        if draft is not None:
-            drafts.append(replace(draft, doubt=draft.doubt | doubt - (draft.own.model_fields_set - {"check"})))
-    return drafts
+    items = _items(raw["services"], MAX_SERVICES, ("services",), report)
+    drafts = (read_service(item, path, defaults, report) for path, item in items)
+    return [draft for draft in drafts if draft is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """`doubt` names settings not to rely on."""
+
+    settings: SettingsPart
+    doubt: set[str]
+
+
+def read_defaults(raw: dict[str, object], report: Report) -> Defaults:
+    settings, doubt = read_part(SettingsPart, raw.get("defaults") or {}, ("defaults",), report)
+    return Defaults(settings or SettingsPart(), doubt)
+
+
+def read_service(raw: object, path: yamllines.Path, defaults: Defaults, report: Report) -> Draft | None:
+    """None where it cannot be read."""
+    draft = _read_service(raw, path, defaults.settings, report)
+    if draft is None:
+        return None
+    return replace(draft, doubt=draft.doubt | defaults.doubt - (draft.own.model_fields_set - {"check"}))
 
 
 def _read_service(raw: object, path: yamllines.Path, defaults: SettingsPart, report: Report) -> Draft | None:

@@ -1,7 +1,9 @@
 """The configuration file, from text to `model.Config`, with every mistake in it told in one run.
 
 The steps: `yamllines` reads the text; `parts`, with the parsers of `values`, checks the form of each part;
-`drafts` joins services with `defaults`; `rules` looks at what is only visible across parts.
+`drafts` joins services with `defaults`; `rules` looks at what is only visible across parts; `assembly` puts the values
+together. `pieces` does all that service by service, and leaves out those that it knows; where it finds a mistake, or
+cannot take the text apart, the whole is read.
 
 The text of an error about YAML is put together in `parse`, from what `yamllines` says.
 """
@@ -11,143 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, cast
 
 from xdplb import model
-from xdplb.config import rules, yamllines
-from xdplb.config.check_values import Answer
-from xdplb.config.drafts import Draft, Report, read_part, read_services
-from xdplb.config.parts import BackendPart, CheckPart, FilePart, FlowCachePart, Schema, TlsPart
-from xdplb.config.values import told
+from xdplb.config import yamllines
+from xdplb.config.assembly import config_of
+from xdplb.config.drafts import Report
+from xdplb.config.parts import BackendPart, FilePart, Schema
+from xdplb.config.pieces import Pieces
 from xdplb.errors import ConfigError
-from xdplb.model import CheckType, Rcode
 
 DEFAULT_PATH = Path("/etc/xdplb/xdplb.yaml")
-
-
-def _config(raw: object, report: Report, hint: str) -> model.Config:
-    """The value of a whole file. Raises ConfigError with everything that `report` was told."""
-    mapping: dict[str, object] = raw if isinstance(raw, dict) else {"services": []}
-    if raw is not mapping:
-        report((), f"must be a mapping with the key 'services', but is {told(raw)}")
-    file = read_part(FilePart, mapping | {"services": [], "defaults": {}}, (), report)[0] or FilePart(services=[])
-    rules.interfaces(file.interfaces, report)
-    tunnel_source4, tunnel_source6 = rules.tunnel_sources(file.tunnel_source, report)
-    drafts = read_services(mapping, report)
-    rules.service_names(drafts, report)
-    rules.listens(drafts, report)
-    rules.backends_are_no_vips(drafts, report)
-    rules.total(drafts, report)
-    for draft in drafts:
-        rules.backends_are_distinct(draft, report)
-        rules.backends_are_reachable(draft, report)
-        rules.weights(draft, report)
-        rules.checks(draft, report)
-        rules.memory(draft, report)
-        rules.affinity(draft, file.flow_cache, report)
-        rules.sources(draft, file.source_pool, report)
-    rules.source_pool(file.source_pool, drafts, report)
-    report.raise_if_any(hint)
-    services = tuple(_service(draft) for draft in drafts)
-    return model.Config(
-        tuple(file.interfaces),
-        services,
-        file.hash_key,
-        tunnel_source4,
-        tunnel_source6,
-        _flow_cache(file.flow_cache),
-        file.on_control_loss,
-        tuple(dict.fromkeys(address for part in file.source_pool for address in part)),
-        model.HostUpkeep(file.host.addresses, file.host.settings, file.host.interval),
-    )
-
-
-def _service(draft: Draft) -> model.Service:
-    own, settings = draft.own, draft.settings
-    return model.Service(
-        name=own.name,
-        listen=own.listen,
-        forward=settings.forward,
-        scheduler=settings.scheduler,
-        check=_check(settings.check),
-        backends=tuple(
-            model.Backend(
-                name=backend.shown_name,
-                address=backend.address.address,
-                port=rules.own_port(backend, own.listen),
-                weight=backend.weight,
-                backup=backend.backup,
-            )
-            for _, backend in draft.backends
-        ),
-        on_all_down=settings.on_all_down,
-        gue_port=settings.gue_port,
-        on_down=settings.on_down,
-        flows=settings.flows,
-        affinity=settings.affinity,
-        slow_start_s=settings.slow_start,
-        on_remove=settings.on_remove,
-    )
-
-
-def _flow_cache(part: FlowCachePart) -> model.FlowCache:
-    return model.FlowCache(
-        capacity=part.capacity,
-        window_s=part.window,
-        established_s=part.established,
-        closing_s=part.closing,
-        opening_s=part.opening,
-        datagram_s=part.datagram,
-        reuse_s=part.reuse,
-    )
-
-
-def _check(check: CheckPart) -> model.Check:
-    return model.Check(
-        type=check.type,
-        interval_s=check.interval,
-        fast_interval_s=check.fast_interval,
-        timeout_s=check.timeout,
-        rise=check.rise,
-        fall=check.fall,
-        port=check.port,
-        via=check.via,
-        path=check.path,
-        host=check.host,
-        tls=_tls(check.tls),
-        send=check.send,
-        name=check.name or "",
-        record=check.record,
-        command=check.command,
-        **_expected(check),
-    )
-
-
-def _expected(check: CheckPart) -> _Expected:
-    """What `expect` means to a check of this type. `defaults` may hold what is for other types."""
-    if check.expect is None or not rules.belongs("expect", check.type):
-        return {}
-    try:
-        expected = check.expect.read(check.type)
-    except ValueError:
-        return {}
-    if isinstance(expected, Answer):
-        return {"answer": expected.wanted, "silence_is_fine": expected.silence_is_fine}
-    if check.type is CheckType.DNS:
-        return {"rcodes": cast(tuple[Rcode, ...], expected)}
-    return {"expect": cast(tuple[tuple[int, int], ...], expected)}
-
-
-class _Expected(TypedDict, total=False):
-    expect: tuple[tuple[int, int], ...]
-    rcodes: tuple[Rcode, ...]
-    answer: bytes | None
-    silence_is_fine: bool
-
-
-def _tls(tls: TlsPart) -> model.Tls:
-    ca, pem = tls.ca or (None, "")
-    return model.Tls(verify=tls.verify, ca=ca, authorities=pem, sni=tls.sni, min_version=tls.min_version)
 
 
 def load(path: Path) -> model.Config:
@@ -175,7 +50,18 @@ def text_of(path: Path) -> str:
 
 @yamllines.gc_paused()
 def parse(text: str, name: str) -> model.Config:
-    """The configuration in `text`. `name` stands before the line in each mistake. Raises ConfigError."""
+    """The configuration in `text`. `name` stands before the line in each mistake. Raises ConfigError.
+
+    A service whose text stays, and so does all beside the services, is the same object as before.
+    """
+    return _pieces.parse(text) or parse_whole(text, name)
+
+
+_pieces = Pieces()
+
+
+def parse_whole(text: str, name: str) -> model.Config:
+    """The same, without regard to what was read before."""
     try:
         document = yamllines.load(text)
     except yamllines.YamlError as error:
@@ -191,7 +77,7 @@ def parse(text: str, name: str) -> model.Config:
     report = Report(lambda path, at: place(path, document.line(at)))
     for mistake in document.mistakes:
         report.add(*place(mistake.path, mistake.line), mistake.text)
-    return _config(document.data, report, f"`xdplb check {name}` reads the file without changing anything.")
+    return config_of(document.data, report, f"`xdplb check {name}` reads the file without changing anything.")
 
 
 def from_command_line(listen: str, backends: Sequence[str], interfaces: Sequence[str]) -> model.Config:
@@ -220,7 +106,7 @@ def from_command_line(listen: str, backends: Sequence[str], interfaces: Sequence
         "interfaces": list(interfaces),
         "services": [{"name": "default", "listen": listen, "backends": items}],
     }
-    return _config(
+    return config_of(
         raw, report, "For example: --listen 203.0.113.10:80 --backend 10.0.0.11 --backend 10.0.0.12,weight=2"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network
 
 from xdplb.abi import MAX_BACKENDS, MAX_SOURCES
@@ -34,20 +34,27 @@ def service_names(drafts: Sequence[Draft], report: Report) -> None:
 
 
 def listens(drafts: Sequence[Draft], report: Report) -> None:
-    """An exact port beats a range, a range beats all ports; two of one kind must not meet."""
-    seen: dict[tuple[Address, Protocol, str], list[Draft]] = {}
-    for draft in drafts:
-        listen = draft.own.listen
+    for index, first in overlapping([draft.own.listen for draft in drafts]):
+        draft, other = drafts[index], drafts[first]
+        listen, theirs = draft.own.listen, other.own.listen
+        relation = "is already served by" if listen == theirs else f"overlaps {theirs} of"
+        report((*draft.path, "listen"), f"{listen} {relation} service {other.own.name!r}")
+
+
+def overlapping(listens: Sequence[Listen]) -> Iterator[tuple[int, int]]:
+    """Which must not be, and with which earlier one. An exact port beats a range, a range beats all ports; two of one
+    kind must not meet.
+    """
+    seen: dict[tuple[Address, Protocol, str], list[int]] = {}
+    for index, listen in enumerate(listens):
         kind = "all" if listen.all_ports else str(listen.first_port) if listen.single_port else "range"
         others = seen.setdefault((listen.address, listen.protocol, kind), [])
         for other in others:
-            theirs = other.own.listen
-            if listen.first_port <= theirs.last_port and theirs.first_port <= listen.last_port:
-                relation = "is already served by" if listen == theirs else f"overlaps {theirs} of"
-                report((*draft.path, "listen"), f"{listen} {relation} service {other.own.name!r}")
+            if listen.first_port <= listens[other].last_port and listens[other].first_port <= listen.last_port:
+                yield index, other
                 break
         else:
-            others.append(draft)
+            others.append(index)
 
 
 def backends_are_distinct(draft: Draft, report: Report) -> None:
