@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -110,6 +110,8 @@ class Prober:
         self._open_checker = open_checker
         self._max_in_flight = max_in_flight
         self._room = max_in_flight
+        self._targets: dict[BackendKey, Target] = {}
+        """Those that are checked."""
         self._probes: dict[Endpoint, _Probe] = {}
         self._by_number: dict[int, _Probe] = {}
         self._at_address: dict[Address, set[_Probe]] = {}
@@ -165,20 +167,40 @@ class Prober:
         An endpoint that stays keeps its rhythm and its check in flight; one that goes gives no more results; a new one,
         or one with a new target, is checked soon.
         """
-        wanted: defaultdict[Endpoint, dict[BackendKey, None]] = defaultdict(dict)
-        for target in targets:
+        wanted = {target.key: target for target in targets}
+        self.change_targets(self._targets.keys() - wanted.keys(), wanted.values())
+
+    def change_targets(self, gone: Iterable[BackendKey], new: Iterable[Target], among: int = 0) -> None:
+        """No more of these, and those as well, in place of what had their keys; the others stay as they are. `among`
+        is how many are new where they come in several calls.
+        """
+        left, hurried = dict[_Probe, None](), dict[_Probe, None]()
+        for key in gone:
+            self._leave(key, left)
+        for target in new:
+            before = self._targets.get(target.key)
+            if before is target or (before is not None and before.endpoint == target.endpoint):
+                self._targets[target.key] = target
+                continue
+            self._leave(target.key, left)
             if target.check.type is not CheckType.NONE:
-                wanted[target.endpoint][target.key] = None
-        for endpoint in self._probes.keys() - wanted.keys():
-            self._remove(endpoint)
-        hurried = []
-        for endpoint, keys in wanted.items():
-            probe = self._probes.get(endpoint) or self._add(endpoint)
-            if keys.keys() - probe.keys.keys():
-                hurried.append(probe)
-            probe.keys = keys
+                endpoint = target.endpoint
+                probe = self._probes.get(endpoint) or self._add(endpoint)
+                probe.keys[target.key] = None
+                self._targets[target.key] = target
+                hurried[probe] = None
+        for probe in left:
+            if not probe.keys:
+                self._remove(probe.endpoint)
         self._tell_room()
-        self._hasten(hurried)
+        self._hasten(hurried, among)
+
+    def _leave(self, key: BackendKey, left: dict[_Probe, None]) -> None:
+        before = self._targets.pop(key, None)
+        if before is not None:
+            probe = self._probes[before.endpoint]
+            del probe.keys[key]
+            left[probe] = None
 
     def burst(self, address: Address) -> None:
         """Check everything at this address now. A check in flight is not doubled, but followed by another at once."""
@@ -220,13 +242,13 @@ class Prober:
         self._queue.clear()
         self._in_flight = 0
 
-    def _hasten(self, probes: Iterable[_Probe]) -> None:
+    def _hasten(self, probes: Collection[_Probe], among: int = 0) -> None:
         """Check these soon, one after the other as their phases say."""
         if self._loop is None:
             return
-        hurried, now = tuple(probes), self._loop.time()
-        for probe in hurried:
-            within_s = first_checks_within_s(len(hurried), probe.endpoint.check.interval_s)
+        count, now = max(len(probes), among), self._loop.time()
+        for probe in probes:
+            within_s = first_checks_within_s(count, probe.endpoint.check.interval_s)
             self._schedule(probe, now + probe.phase * within_s)
 
     def _schedule(self, probe: _Probe, due: float) -> None:
@@ -316,7 +338,7 @@ class Prober:
         An owner that fails for one backend must not end the checks of it or of the others.
         """
         intervals_s = []
-        for key in probe.keys:
+        for key in tuple(probe.keys):
             if probe.removed or key not in probe.keys:  # the owner may have changed the targets a moment ago
                 continue
             try:

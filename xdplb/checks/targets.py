@@ -42,11 +42,15 @@ def _directly(service: Service, backend: Backend) -> Via | None:
 
 def targets(config: Config, way: Callable[[Service, Backend], Via | None] = _directly) -> Targets:
     """What is to be checked, by backend. `way` is the one through the service, where it has to be that."""
+    return {key: target for service in config.services for key, target in targets_of(service, way).items()}
+
+
+def targets_of(service: Service, way: Callable[[Service, Backend], Via | None] = _directly) -> Targets:
+    """The same of one service."""
     found = {}
-    for service in config.services:
-        for backend in service.backends:
-            key = BackendKey(service.name, backend.name)
-            port = service.check.port or backend.port or service.listen.first_port
-            via = way(service, backend) if service.probes_by_vip else None
-            found[key] = Target(key, backend.address, port, service.check, service.check.host, via)
+    for backend in service.backends:
+        key = BackendKey(service.name, backend.name)
+        port = service.check.port or backend.port or service.listen.first_port
+        via = way(service, backend) if service.probes_by_vip else None
+        found[key] = Target(key, backend.address, port, service.check, service.check.host, via)
     return found

@@ -10,10 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from xdplb.core.status import FULL_RAMP, BackendStatus, takes_new_flows
-from xdplb.model import BackendKey, Config, HealthState
-
-Members = dict[str, dict[str, str | None]]
-"""Labels of backends by name, by service; None where only the name is known."""
+from xdplb.model import BackendKey, Config, HealthState, Service
 
 
 def ramp_after(elapsed_s: float, slow_start_s: float) -> int:
@@ -30,8 +27,7 @@ class SlowStart:
     """Begins with the change that brings a backend back, and ends when its ramp is full or it goes away again."""
 
     def __init__(self) -> None:
-        self._slow_start_s: dict[str, float] = {}
-        self._members: Members = {}
+        self._services: dict[str, Service] = {}
         self._joining: set[BackendKey] = set()
         self._since: dict[BackendKey, float] = {}
 
@@ -43,17 +39,26 @@ class SlowStart:
         """Exactly the backends of `config` from now on. Returns those that join a service which was followed before, or
         was `left` by an earlier daemon with the backends of these names; one of another address is another backend.
         """
-        before = self._members if left is None else {name: dict.fromkeys(backends) for name, backends in left.items()}
-        self._members = {s.name: {b.name: b.label(s.listen) for b in s.backends} for s in config.services}
-        self._slow_start_s = {service.name: service.slow_start_s for service in config.services}
-        keys = {BackendKey(service, backend) for service, members in self._members.items() for backend in members}
-        joining = {key for key in keys if key.service in before and not self._was_in(before[key.service], key)}
-        self._joining = self._joining & keys | joining
-        self._since = {key: since for key, since in self._since.items() if key in keys - joining}
+        before = self._services
+        self._services = {service.name: service for service in config.services}
+        joining: set[BackendKey] = set()
+        for name, service in self._services.items():
+            if left is None and before.get(name) is service:
+                continue
+            members = _members(before.get(name), service) if left is None else left.get(name)
+            if members is not None:
+                joining |= {BackendKey(name, b.name) for b in service.backends if b.name not in members}
+        names = {name: {b.name for b in self._services[name].backends} for name in self._touched()}
+        self._joining = {key for key in self._joining if key.backend in names.get(key.service, ())} | joining
+        self._since = {
+            key: since
+            for key, since in self._since.items()
+            if key.backend in names.get(key.service, ()) and key not in joining
+        }
         return joining
 
-    def _was_in(self, members: Mapping[str, str | None], key: BackendKey) -> bool:
-        return key.backend in members and members[key.backend] in (None, self._members[key.service][key.backend])
+    def _touched(self) -> set[str]:
+        return {key.service for key in (*self._joining, *self._since)} & self._services.keys()
 
     def step(self, key: BackendKey, before: BackendStatus, after: BackendStatus, now: float) -> BackendStatus:
         """`after` with what the backend has of its weight at the time `now`, in seconds."""
@@ -68,7 +73,15 @@ class SlowStart:
     def _ramp(self, key: BackendKey, now: float) -> int:
         if key not in self._since:
             return FULL_RAMP
-        has = ramp_after(now - self._since[key], self._slow_start_s[key.service])
+        has = ramp_after(now - self._since[key], self._services[key.service].slow_start_s)
         if has == FULL_RAMP:
             del self._since[key]
         return has
+
+
+def _members(before: Service | None, now: Service) -> Collection[str] | None:
+    """The names of backends that are what they were; None of a service that was not there."""
+    if before is None:
+        return None
+    labels = {backend.name: backend.label(before.listen) for backend in before.backends}
+    return {backend.name for backend in now.backends if labels.get(backend.name) == backend.label(now.listen)}

@@ -6,6 +6,7 @@ and whether it keeps those that it has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from xdplb.core.health import AgentWord
@@ -78,6 +79,7 @@ class Statuses:
     """What is known of each configured backend. A backend that the configuration dropped is forgotten."""
 
     by_service: dict[str, dict[str, BackendStatus]] = field(default_factory=dict)
+    _followed: Mapping[str, Service] = field(default_factory=dict, compare=False, repr=False)
 
     def get(self, key: BackendKey) -> BackendStatus:
         return self.by_service[key.service][key.backend]
@@ -86,18 +88,27 @@ class Statuses:
         self.by_service[key.service][key.backend] = status
 
     def copy(self) -> Statuses:
-        return Statuses({name: dict(backends) for name, backends in self.by_service.items()})
+        return Statuses({name: dict(backends) for name, backends in self.by_service.items()}, self._followed)
 
     def follow(self, config: Config) -> None:
-        """Exactly the backends of `config` from now on; new ones have a status of their own."""
-        before = self.by_service
+        """Exactly the backends of `config` from now on; new ones have a status of their own. A service that stays as it
+        is costs nothing.
+        """
+        before, known = self.by_service, self._followed
         self.by_service = {
-            service.name: {
-                backend.name: before.get(service.name, {}).get(backend.name, BackendStatus())
-                for backend in service.backends
-            }
+            service.name: before[service.name]
+            if known.get(service.name) is service
+            else _followed(service, before.get(service.name, {}))
             for service in config.services
         }
+        self._followed = {service.name: service for service in config.services}
+
+
+def _followed(service: Service, before: Mapping[str, BackendStatus]) -> dict[str, BackendStatus]:
+    return {backend.name: before.get(backend.name, _UNKNOWN) for backend in service.backends}
+
+
+_UNKNOWN = BackendStatus()
 
 
 def takes_new_flows(status: BackendStatus) -> bool:

@@ -44,7 +44,7 @@ from xdplb.daemon.tunnel_mtus import TunnelMtus
 from xdplb.dataplane import manifest
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import XdplbError
-from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config
+from xdplb.model import Admin, AttachMode, Backend, BackendKey, Config, like
 from xdplb.net.links import Links
 from xdplb.net.next_hops import Interface
 from xdplb.paths import Instance
@@ -329,7 +329,7 @@ class Daemon:
             raise XdplbError(
                 "this xdplb was started without a configuration file, or from a pipe", "xdplb up -c FILE reads one"
             )
-        return await asyncio.to_thread(configuration.load, path)
+        return await asyncio.to_thread(lambda: like(self.config, configuration.load(path)))
 
     async def reload(self, config: Config) -> None:
         """Brings `config` into force. XdplbError leaves the one in force as it was."""

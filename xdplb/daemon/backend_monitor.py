@@ -8,24 +8,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from xdplb.checks.endpoint import Via
 from xdplb.checks.process import OpenChecker, open_process
 from xdplb.checks.scheduler import Prober
-from xdplb.checks.targets import Target, Targets, targets
+from xdplb.checks.targets import Target, Targets, targets_of
 from xdplb.core import health
 from xdplb.core.health import AgentWord, CheckResult, Health
 from xdplb.core.slow_start import SlowStart
 from xdplb.core.status import AgentState, BackendStatus, NextHop, Statuses
-from xdplb.daemon.overrides import Overrides
+from xdplb.daemon.overrides import Override, Overrides
 from xdplb.daemon.probe_link import Ends
 from xdplb.daemon.probing import Probing
 from xdplb.dataplane.loader import Dataplane
 from xdplb.dataplane.manifest import Manifest
-from xdplb.model import Address, Admin, BackendKey, CheckType, Config, Forward, HealthState
+from xdplb.model import Address, Admin, BackendKey, CheckType, Config, Forward, HealthState, Service
 from xdplb.net.next_hop_watcher import Kernel, NextHopWatcher
 from xdplb.net.next_hops import LinkEvent, NextHopState, Resolution, next_hop_of
 
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 FIRST_VERDICTS_S = 5.0
 """How long a start or a reload waits at most for the first verdicts on new backends before it goes on without them."""
 
+SERVICES_AT_ONCE = 8
+LOOKED_AT_ONCE = 1000
 RAMP_EVERY_S = 1.0
 TROUBLES_TOLD, TROUBLES_WITHIN_S = 20, 1.0
 """A line of the log for each of tens of thousands of neighbours would hold up the event loop."""
@@ -50,6 +52,22 @@ class _Candidate:
     target: Target
     health: Health
     agent: AgentState = field(default_factory=AgentState)
+
+
+_Awaited = tuple[Target, Callable[[], Health | None]]
+
+
+def _keys(service: Service | None) -> list[BackendKey]:
+    return [BackendKey(service.name, backend.name) for backend in service.backends] if service else []
+
+
+def _taken_over(left: Manifest, target: Target, known: Health) -> Health:
+    """What an earlier daemon knew, where this one knows nothing yet."""
+    if known.state is HealthState.UNKNOWN and (noted := left.health.get(str(target.key))) is not None:
+        state, reason, since, *place = noted
+        if place in ([], [target.place]):  # an earlier version noted none
+            return replace(known, state=HealthState(state), reason=reason, since=since)
+    return known
 
 
 def _as_candidate(key: BackendKey) -> BackendKey:
@@ -83,9 +101,12 @@ class BackendMonitor:
             self._on_result, self._next_interval, on_trouble=on_check_trouble, open_checker=open_checker
         )
         self._watcher = NextHopWatcher(kernel, self._on_next_hop, self._on_trouble, on_link)
+        self._services: dict[str, Service] = {}
         self._targets: Targets = {}
         self._candidates: dict[BackendKey, _Candidate] = {}
-        self._by_address: dict[Address, list[BackendKey]] = {}
+        self._by_address: dict[Address, dict[BackendKey, None]] = {}
+        self._by_vip: dict[BackendKey, Target] = {}
+        """Those, candidates among them, that are checked through their services."""
         self._vias: dict[Address, list[Via]] = {}
         self._lost: set[Address] = set()
         self._path_mtus: Mapping[Address, int] = {}
@@ -108,38 +129,74 @@ class BackendMonitor:
 
         A verdict counts until there is a new one, as long as it is about the same address and port.
         """
+        for _ in self._follow(config, left):
+            pass
+
+    async def follow_in_turns(self, config: Config, left: Manifest | None) -> None:
+        """The same, as the first configuration: nothing is in force yet, so that all else goes on meanwhile."""
+        for number, _ in enumerate(self._follow(config, left)):
+            if number % SERVICES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _follow(self, config: Config, left: Manifest | None) -> Iterator[None]:
+        """A step for each service that is not what it was: the others stay as they are."""
+        changed = self._changed(config)
+        among = sum(len(service.backends) for service in changed)
+        dropped = self._services.keys() - {service.name for service in config.services}
+        gone = {key: self._targets[key] for name in dropped for key in _keys(self._services[name])}
         self.statuses.follow(config)
         self._forwards = {service.name: service.forward for service in config.services}
-        before, known = self._targets, self.health
-        self._targets = targets(config, self._probing.way)
-        self.health = {key: self._inherited(key, target, before, known) for key, target in self._targets.items()}
-        if left is not None:
-            self._take_over(left)
-        candidates = self._candidates
-        self._forget_candidates()
         members = None if left is None else {name: service.backends for name, service in left.services.items()}
         joining = self._slow_start.follow(config, members)
         overrides = self._overrides.held(config)
-        for key, target in self._targets.items():
-            next_hop = self._way(key, next_hop_of(self._watcher.records.get(target.address)))
-            override = overrides.get(key)
-            admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
-            status_before = BackendStatus() if key in joining else self.statuses.get(key)
-            agent = self._inherited_agent(target, before.get(key), candidates.get(key), status_before)
-            path_mtu = self._path_mtus.get(target.address)
-            status = BackendStatus(self.health[key].state, admin, weight, next_hop, agent=agent, path_mtu=path_mtu)
-            self.statuses.set(key, self._slow_start.step(key, status_before, status, time.monotonic()))
+        for service in changed:
+            before = {key: self._targets[key] for key in _keys(self._services.get(service.name))}
+            now = targets_of(service, self._probing.way)
+            gone |= {key: target for key, target in before.items() if now.get(key) != target}
+            for key, target in now.items():
+                self._take_in(target, before.get(key), left, overrides.get(key), key in joining)
+            self._watch(now.values(), among)
+            yield
+        self._services = {service.name: service for service in config.services}
+        for key in gone:
+            if key.service not in self.statuses.by_service or key.backend not in self.statuses.by_service[key.service]:
+                del self._targets[key], self.health[key]
+        self._forget_candidates(gone)
 
-    def _inherited(
-        self, key: BackendKey, target: Target, before: Targets, known: Mapping[BackendKey, Health]
-    ) -> Health:
+    def _changed(self, config: Config) -> list[Service]:
+        """Services that are not what they were. Ways through services are looked for each time: ports may be free."""
+        return [service for service in config.services if service.probes_by_vip or self._is_another(service)]
+
+    def _is_another(self, service: Service) -> bool:
+        before = self._services.get(service.name)
+        return before is not service and before != service
+
+    def _take_in(
+        self, target: Target, before: Target | None, left: Manifest | None, override: Override | None, joins: bool
+    ) -> None:
+        """What is known of a backend from now on."""
+        key = target.key
+        known = self._inherited(key, target, before)
+        if left is not None:
+            known = _taken_over(left, target, known)
+        next_hop = self._way(key, next_hop_of(self._watcher.records.get(target.address)))
+        admin, weight = (override.admin, override.weight) if override else (Admin.ACTIVE, None)
+        status_before = BackendStatus() if joins else self.statuses.get(key)
+        agent = self._inherited_agent(target, before, self._candidates.get(key), status_before)
+        path_mtu = self._path_mtus.get(target.address)
+        status = BackendStatus(known.state, admin, weight, next_hop, agent=agent, path_mtu=path_mtu)
+        self._targets[key], self.health[key] = target, known
+        self._by_address.setdefault(target.address, {})[key] = None
+        self.statuses.set(key, self._slow_start.step(key, status_before, status, time.monotonic()))
+
+    def _inherited(self, key: BackendKey, target: Target, before: Target | None) -> Health:
         candidate = self._candidates.get(key)
-        if key in before and before[key] == target:
-            return known[key]
+        if before is not None and before == target:
+            return self.health[key]
         if candidate is not None and candidate.target == target and candidate.health.state is not HealthState.UNKNOWN:
             return candidate.health
-        if key in before and before[key].place == target.place and target.check.type is not CheckType.NONE:
-            return replace(known[key], streak=0)
+        if before is not None and before.place == target.place and target.check.type is not CheckType.NONE:
+            return replace(self.health[key], streak=0)
         return health.initial(target.check, time.time())
 
     def _inherited_agent(
@@ -151,22 +208,18 @@ class BackendMonitor:
             return candidate.agent
         return status.agent if before is not None and before.place == target.place else AgentState()
 
-    def _take_over(self, left: Manifest) -> None:
-        for key, target in self._targets.items():
-            if str(key) in left.health and self.health[key].state is HealthState.UNKNOWN:
-                state, reason, since, *place = left.health[str(key)]
-                if place in ([], [target.place]):  # an earlier version noted none
-                    known = self.health[key]
-                    self.health[key] = replace(known, state=HealthState(state), reason=reason, since=since)
-
     def as_it_is(self) -> Callable[[Manifest], None]:
         """What the next daemon is to know, to be noted later and by any thread."""
-        health, targets = dict(self.health), self._targets
+        health, targets = dict(self.health), dict(self._targets)
 
         def note(notes: Manifest) -> None:
-            notes.health = {
-                str(key): [known.state, known.reason, known.since, targets[key].place] for key, known in health.items()
-            }
+            before, notes.health = notes.health, {}
+            for key, known in health.items():
+                name = str(key)
+                noted = before.get(name, ())
+                if len(noted) != 4 or noted[:3] != [known.state, known.reason, known.since]:
+                    noted = [known.state, known.reason, known.since, targets[key].place]
+                notes.health[name] = noted
 
         return note
 
@@ -179,7 +232,7 @@ class BackendMonitor:
         before, self._path_mtus = self._path_mtus, mtus
         for address in before.keys() | mtus.keys():
             mtu = mtus.get(address)
-            for key in self._by_address.get(address, ()):
+            for key in tuple(self._by_address.get(address, ())):
                 self._change(key, partial(replace, path_mtu=mtu))
 
     async def look_ahead(self, config: Config) -> None:
@@ -188,69 +241,104 @@ class BackendMonitor:
         Nothing of it acts: what is known of the backends in force comes from their own checks, until `follow`.
         """
         now = time.time()
-        self._candidates = {
-            key: _Candidate(target, health.initial(target.check, now))
-            for key, target in targets(config, self._probing.way).items()
-            if self._targets.get(key) != target
-        }
-        self._watch()
-        await self._until_known(lambda: ((key, c.target, c.health) for key, c in self._candidates.items()))
+        changed = self._changed(config)
+        among = sum(len(service.backends) for service in changed)
+        for service in changed:
+            ahead = {
+                key: target
+                for key, target in targets_of(service, self._probing.way).items()
+                if self._targets.get(key) != target
+            }
+            for key, target in ahead.items():
+                self._candidates[key] = _Candidate(target, health.initial(target.check, now))
+            self._watch([replace(target, key=_as_candidate(key)) for key, target in ahead.items()], among)
+            await asyncio.sleep(0)
+        self._watch_by_vip()
+        await self._until_known({key: (c.target, partial(getattr, c, "health")) for key, c in self._candidates.items()})
 
     def look_back(self) -> None:
         """After a look ahead that led nowhere."""
-        self._forget_candidates()
+        self._forget_candidates({})
 
     def probe_by(self, plane: Dataplane, ends: Ends | None, config: Config) -> None:
         """Checks through services' addresses can be done from now on, by these programs and interfaces."""
         self._probing.begin(plane, ends, config)
-        if self._vias:
-            self._watch()
+        if self._by_vip:
+            self._watch_by_vip()
 
     async def first_verdicts(self) -> None:
         """Until each backend's health and next hop are known, or for so long that one must be dead."""
-        await self._until_known(lambda: ((key, target, self.health[key]) for key, target in self._targets.items()))
+        await self._until_known({key: (target, partial(self.health.get, key)) for key, target in self._targets.items()})
 
-    async def _until_known(self, wanted: Callable[[], Iterator[tuple[BackendKey, Target, Health]]]) -> None:
-        def unknown() -> Iterator[BackendKey]:
-            return (key for key, target, known in wanted() if self._is_open(target, known))
-
+    async def _until_known(self, wanted: Mapping[BackendKey, _Awaited]) -> None:
+        """Looks at each until it is known, and then no more."""
+        waiting = list(wanted)
         try:
             async with asyncio.timeout(FIRST_VERDICTS_S):
-                while any(unknown()):
+                while waiting:
                     self._news.clear()
-                    await self._news.wait()
+                    for _ in range(LOOKED_AT_ONCE):
+                        if not waiting or self._is_open(*wanted[waiting[-1]]):
+                            break
+                        waiting.pop()
+                    else:
+                        await asyncio.sleep(0)
+                        continue
+                    if waiting:
+                        await self._news.wait()
         except TimeoutError:
-            waiting = list(map(str, unknown()))
-            log.warning("no verdict yet on %s", ", ".join(waiting[:5]) + (", ..." if len(waiting) > 5 else ""))
+            late = [str(key) for key in wanted if self._is_open(*wanted[key])]
+            log.warning("no verdict yet on %s", ", ".join(late[:5]) + (", ..." if len(late) > 5 else ""))
 
-    def _forget_candidates(self) -> None:
+    def _forget_candidates(self, gone: Targets) -> None:
+        """Neither candidates nor those that are `gone` are followed and checked any more."""
+        left = {c.target.address for c in self._candidates.values()} | {target.address for target in gone.values()}
+        for key, target in gone.items():
+            now = self._targets.get(key)
+            if now is None or now.address != target.address:
+                del self._by_address[target.address][key]
+                if not self._by_address[target.address]:
+                    del self._by_address[target.address]
+        keys = [*map(_as_candidate, self._candidates), *(key for key in gone if key not in self._targets)]
         self._candidates = {}
-        self._watch()
+        for key in keys:
+            self._by_vip.pop(key, None)
+        self._watcher.change_addresses(left - self._by_address.keys(), ())
+        self._prober.change_targets(keys, ())
+        self._watch_by_vip()
 
-    def _watch(self) -> None:
-        """Follows and checks those in force, and candidates beside them."""
-        self._by_address = {}
-        for key, target in self._targets.items():
-            self._by_address.setdefault(target.address, []).append(key)
-        self._watcher.set_addresses([*self._by_address, *(c.target.address for c in self._candidates.values())])
-        ahead = [replace(c.target, key=_as_candidate(key)) for key, c in self._candidates.items()]
-        followed = [*self._targets.values(), *ahead]
+    def _watch(self, targets: Collection[Target], among: int) -> None:
+        """Follows and checks these as well; `among` so many that are new. Of those through services, others decide."""
+        for target in targets:
+            if target.via is None:
+                self._by_vip.pop(target.key, None)
+            else:
+                self._by_vip[target.key] = target
+        self._watcher.change_addresses((), [target.address for target in targets])
+        self._prober.change_targets((), [target for target in targets if target.via is None], among)
+
+    def _watch_by_vip(self) -> None:
+        """Checks those through services that lead to their backends, and none of the others."""
+        if not self._by_vip and not self._vias:
+            return
         self._vias = {}
-        for target in followed:
+        for target in self._by_vip.values():
             if target.via is not None:
                 self._vias.setdefault(target.address, []).append(target.via)
         self._probing.keep([via for vias in self._vias.values() for via in vias])
         for address in self._vias:
             self._lead(address)
-        self._prober.set_targets([target for target in followed if self._probing.leads(target.via)])
+        leading = [target for target in self._by_vip.values() if self._probing.leads(target.via)]
+        self._prober.change_targets(self._by_vip.keys() - {target.key for target in leading}, leading)
 
     def _lead(self, address: Address) -> None:
         """Has checks through services find the next hop of this backend's address."""
         for via in self._vias.get(address, ()):
             self._probing.put(via.source_port, next_hop_of(self._watcher.records.get(address)))
 
-    def _is_open(self, target: Target, known: Health) -> bool:
-        if not self._probing.leads(target.via):
+    def _is_open(self, target: Target, health_now: Callable[[], Health | None]) -> bool:
+        known = health_now()
+        if known is None or not self._probing.leads(target.via):
             return False
         record = self._watcher.records.get(target.address)
         if known.state is HealthState.UNKNOWN:
@@ -302,7 +390,7 @@ class BackendMonitor:
             log.error("%s is this host's own address: XDP cannot deliver to the host itself", record.address)
         next_hop = next_hop_of(record)
         self._lead(record.address)
-        for key in self._by_address.get(record.address, ()):
+        for key in tuple(self._by_address.get(record.address, ())):
             way = self._way(key, next_hop)
             self._change(key, lambda status, way=way: replace(status, next_hop=way))  # type: ignore[misc]
         if next_hop is not None and record.address in self._lost:

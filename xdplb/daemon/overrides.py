@@ -61,7 +61,8 @@ class Overrides:
 
     def held(self, config: Config) -> dict[BackendKey, Override]:
         """The overrides that hold under `config`: not those of backends that the file changed since."""
-        backends = {BackendKey(s.name, b.name): b for s in config.services for b in s.backends}
+        wanted = {key.service for key in self._overrides}
+        backends = {BackendKey(s.name, b.name): b for s in config.services if s.name in wanted for b in s.backends}
         return {k: s for k, s in self._overrides.items() if k in backends and fingerprint(backends[k]) == s.written}
 
     def forget_others(self, config: Config) -> None:

@@ -7,7 +7,7 @@ it, `down` cleans up by it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class ServiceRecord:
     backends: dict[str, int]
     retired: list[int] = field(default_factory=list)
     keep_idle: int = 0
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """Of the very same values; `asdict` copies each of them."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(slots=True)
@@ -68,7 +73,7 @@ class Manifest:
         for name in self.__slots__:
             value = getattr(self, name)
             if name == "services":
-                value = {service: asdict(record) for service, record in value.items()}
+                value = {service: record.as_dict for service, record in value.items()}
             text = _in_pieces(value) if isinstance(value, dict) else json.dumps(value)
             pieces.append(f"{json.dumps(name)}: {text}")
         return f"{{{', '.join(pieces)}}}"

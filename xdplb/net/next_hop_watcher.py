@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from math import ceil
@@ -87,8 +87,9 @@ class NextHopWatcher:
         self._on_change = on_change
         self._on_trouble = on_trouble
         self._on_link = on_link
-        self._addresses: frozenset[Address] = frozenset()
-        self._sorted: dict[int, list[Address]] = {4: [], 6: []}
+        self._addresses: set[Address] = set()
+        self._in_order: dict[int, list[Address]] = {}
+        """Those of a family, sorted once somebody asks."""
         self._interfaces: dict[int, Interface] = {}
         self._neighbours: dict[NeighbourKey, Neighbour] = {}
         self._routes: dict[Address, Route | None] = {}
@@ -113,13 +114,25 @@ class NextHopWatcher:
     def set_addresses(self, addresses: Iterable[Address]) -> None:
         """Replaces the set of addresses to follow. May be called at any time, before `run()` too."""
         wanted = frozenset(addresses)
-        for gone in self._addresses - wanted:
-            self._set_route(gone, None)
-            self._routes.pop(gone)
-            self._records.pop(gone, None)
-        self._look_up(wanted - self._addresses)
-        self._addresses = wanted
-        self._sorted = {version: sorted(a for a in wanted if a.version == version) for version in (4, 6)}
+        self.change_addresses(self._addresses - wanted, wanted)
+
+    def change_addresses(self, gone: Iterable[Address], new: Iterable[Address]) -> None:
+        """No more of these, and those as well; the others stay as they are."""
+        for address in self._addresses.intersection(gone):
+            self._addresses.discard(address)
+            self._set_route(address, None)
+            self._routes.pop(address)
+            self._records.pop(address, None)
+        fresh = frozenset(new) - self._addresses
+        self._addresses |= fresh
+        self._look_up(fresh)
+        self._in_order = {}
+
+    def _sorted(self, version: int) -> Sequence[Address]:
+        if version not in self._in_order:
+            of_family = (address for address in self._addresses if address.version == version)
+            self._in_order[version] = sorted(of_family, key=int)
+        return self._in_order[version]
 
     def doubt(self, address: Address) -> None:
         """There is no answer from `address`: its next hop may have another MAC by now, without a word of it.
@@ -186,7 +199,7 @@ class NextHopWatcher:
             case RouteEvent(network) if network.prefixlen == 0:
                 self._look_up_all()
             case RouteEvent(network):
-                self._look_up(within(self._sorted[network.version], network))
+                self._look_up(within(self._sorted(network.version), network))
             case NextHopEvent():
                 self._look_up_all()
 
@@ -284,8 +297,11 @@ class NextHopWatcher:
         latest = asyncio.get_running_loop().time()
         while True:
             await asyncio.sleep(TEND_INTERVAL_S)
-            self._to_tend = {key for key in self._to_tend if key in self._users and self._needs_care(key)}
-            await self._keep_all(tuple(self._to_tend))
+            to_tend, self._to_tend = self._to_tend, set()
+            for some in _slices(tuple(to_tend)):
+                self._to_tend.update(key for key in some if key in self._users and self._needs_care(key))
+                await self._keep_all(some)
+                await asyncio.sleep(0)
             await self._release(tuple(self._unused))
             to_look_up = to_look_up or list(self._addresses)
             every_s = max(self._look_again_s, len(self._addresses) / LOOK_AGAIN_PER_S)
@@ -350,7 +366,7 @@ class NextHopWatcher:
             self._refresh(address)
 
     async def _keep_all(self, keys: Iterable[NeighbourKey]) -> None:
-        for part in _slices(tuple(key for key in keys if self._needs_care(key))):
+        for part in _slices(tuple(key for key in keys if key in self._users and self._needs_care(key))):
             for key in part:
                 # noted first: the kernel tells of a new entry only once it has been resolved, and not of a mark alone
                 known = self._neighbours.get(key, Neighbour(key, Nud.INCOMPLETE, None))
