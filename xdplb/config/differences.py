@@ -43,7 +43,7 @@ def changes(old: Config, new: Config) -> Iterator[Change]:
         if name not in known:
             detail = f"{service.listen}, {len(service.backends)} backends"
             yield {"kind": "add", "what": f"service {name}", "detail": detail}
-        elif known[name] != service:
+        elif known[name] is not service and known[name] != service:
             yield from _service_changes(known[name], service)
 
 

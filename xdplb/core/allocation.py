@@ -35,6 +35,11 @@ class Ids(Generic[_Name]):
         self._used.add(self._next)
         return self._next
 
+    def copy(self) -> Ids[_Name]:
+        other = Ids(self._what, self._limit, self._ids)
+        other._next = self._next
+        return other
+
     def release(self, name: _Name) -> None:
         id_ = self._ids.pop(name, None)
         if id_ is not None:

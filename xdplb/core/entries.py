@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 
 from xdplb import abi
 from xdplb.abi import BackendFlag, ForwardCode, SchedulerCode, ServiceFlag
 from xdplb.core.address_table import Claim
-from xdplb.core.desired import DesiredBackend, DesiredService
+from xdplb.core.desired import DesiredBackend
 from xdplb.core.nat_replies import reply_ports
-from xdplb.core.operations import Applied, AppliedService, BackendEntry, Publish, ServiceEntry
+from xdplb.core.operations import Applied, AppliedService, BackendEntry, ServiceEntry
 from xdplb.model import (
     Address,
     Affinity,
@@ -140,32 +140,38 @@ def _source(tunnels: Tunnels, own: Address | None, forward: Forward, backend: Ad
     return prefix.network_address, (1 << min(prefix.max_prefixlen - prefix.prefixlen, 32)) - 1
 
 
-def _without_age(claim: Claim) -> Claim:
+def without_age(claim: Claim) -> Claim:
     return replace(claim, since=0)
 
 
-def claims(services: Iterable[DesiredService], applied: Applied, tunnels: Tunnels) -> Publish:
-    """Which addresses and ports mean something to the packet path, once `applied` holds all of them. If several
-    services share a backend's port, it names the first that had it.
-    """
-    known = {_without_age(claim): claim for claim in applied.published.replies}
-    age = 1 + max((claim.since for claim in known.values()), default=-1)
-    replying: list[Claim] = []
-    listening = [
+def source_claims(tunnels: Tunnels) -> tuple[Claim, ...]:
+    """Of what full NAT sends from."""
+    return tuple(
         Claim(address, protocol, abi.FIRST_SOURCE_PORT, 65535, abi.TARGET_SOURCE + index)
         for index, address in enumerate(tunnels.sources)
         for protocol in Protocol
-    ]
-    for service in services:
-        listen = service.config.listen
-        id_ = applied.services[service.config.name].id
-        listening.append(Claim(listen.address, listen.protocol, listen.first_port, listen.last_port, id_))
-        if service.config.forward is not Forward.NAT:
-            continue
-        for backend in service.backends:
-            key = BackendKey(service.config.name, backend.config.name)
-            first, last = reply_ports(service.config, backend.config)
-            target = applied.backends[key][0]
-            claim = Claim(backend.config.address, listen.protocol, first, last, target)
-            replying.append(known.get(claim, replace(claim, since=age)))
-    return Publish(tuple(listening), tuple(replying))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClaims:
+    """The addresses and ports of one service that mean something to the packet path."""
+
+    service: Service
+    listening: Claim
+    replying: tuple[Claim, ...]
+
+
+def service_claims(service: Service, applied: Applied, known: Mapping[Claim, Claim], age: int) -> ServiceClaims:
+    """Once `applied` holds all of it. If several services share a backend's port, it names the first that had it: a
+    claim is as old as the one in `known`, where they stand by themselves without age; others are of `age`.
+    """
+    listen, id_ = service.listen, applied.services[service.name].id
+    listening = Claim(listen.address, listen.protocol, listen.first_port, listen.last_port, id_)
+    replying = []
+    for backend in service.backends if service.forward is Forward.NAT else ():
+        first, last = reply_ports(service, backend)
+        target = applied.backends[BackendKey(service.name, backend.name)][0]
+        claim = Claim(backend.address, listen.protocol, first, last, target)
+        replying.append(known.get(claim, replace(claim, since=age)))
+    return ServiceClaims(service, listening, tuple(replying))

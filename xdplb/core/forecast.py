@@ -45,6 +45,9 @@ class ServiceForecast:
     flows_on_removed: int
 
 
+_UNTOUCHED = ServiceForecast(0.0, 0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Of services that are there before and after, by name; and over all, those that go included. `uncounted`: what
@@ -69,13 +72,17 @@ def forecast(
     ports_before, ports_after = served(old), served(new)
     mapped_anew = any(old.sources(version) != new.sources(version) for version in (4, 6))
     services = {}
+    fresh = max((id_ for id_, _ in applied.backends.values()), default=0)
     going = {name: [b.name for b in service.backends] for name, service in before.items() if name not in after}
     for name, service in after.items():
         if name not in before or name not in applied.services:
             continue
         known, ports = before[name], ports_before[name]
+        if known is service and ports and ports == ports_after[name] and not mapped_anew:
+            going[name], services[name] = [], _UNTOUCHED
+            continue
         kept = ports.within(ports_after[name])
-        moved = _slots_moved_percent(known, service, statuses[name], applied)
+        moved = _slots_moved_percent(known, service, statuses[name], applied, fresh)
         going[name] = _gone(known, service) if kept else [backend.name for backend in known.backends]
         broken = (
             kept.count < ports.count
@@ -142,13 +149,15 @@ def _told_apart_by(service: Service) -> object:
     return service.scheduler is Scheduler.SOURCE_HASH
 
 
-def _slots_moved_percent(old: Service, new: Service, statuses: Mapping[str, BackendStatus], applied: Applied) -> float:
+def _slots_moved_percent(
+    old: Service, new: Service, statuses: Mapping[str, BackendStatus], applied: Applied, fresh: int
+) -> float:
+    """Ids above `fresh` are free."""
     if old == new:
         return 0.0
     before, endpoints = _endpoints(old), _endpoints(new)
     staying = {backend.name: backend for backend in old.backends if before[backend.name] == endpoints.get(backend.name)}
     expected = {b.name: _expected(b, staying.get(b.name), statuses) for b in new.backends}
-    fresh = max((id_ for id_, _ in applied.backends.values()), default=0)
     members = []
     for backend in desire(new, expected, frozenset()).backends:
         name, fresh = backend.config.name, fresh + 1

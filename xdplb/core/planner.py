@@ -7,27 +7,42 @@ cut short at any point is made good by planning again from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
 from xdplb import abi
 from xdplb.abi import BackendFlag
-from xdplb.core import entries, maglev, wrr
+from xdplb.core import maglev, wrr
 from xdplb.core.allocation import Ids, Slots, room_for
 from xdplb.core.desired import DesiredService
-from xdplb.core.entries import Tunnels, backend_entry, needs_sequence, service_entry, settles, window_s
+from xdplb.core.entries import (
+    ServiceClaims,
+    Tunnels,
+    backend_entry,
+    needs_sequence,
+    service_claims,
+    service_entry,
+    settles,
+    source_claims,
+    window_s,
+    without_age,
+)
 from xdplb.core.operations import (
     Applied,
     ClearBackend,
     ClearService,
     Operation,
+    Publish,
     PutBackend,
     PutSequence,
     PutService,
     PutSlots,
 )
-from xdplb.model import BackendKey
+from xdplb.model import BackendKey, Service
 
 
 class Planner:
@@ -35,35 +50,67 @@ class Planner:
 
     def __init__(self, applied: Applied, tunnels: Tunnels) -> None:
         self.applied = applied
-        self._tunnels = tunnels
+        self.tunnels = tunnels
         services = {name: service.id for name, service in applied.services.items() if service.id}
         self._service_ids = Ids("services", applied.geometry.services, services)
         backends = {key: id_ for key, (id_, _) in applied.backends.items()}
         self._backend_ids = Ids("backends", min(applied.geometry.backends, abi.BACKEND_GONE - 1), backends)
         self._space = Slots(applied)
+        self._source_claims = source_claims(tunnels)
+        self._claims: dict[str, ServiceClaims] = {}
+        self._taken_over = {without_age(claim): claim for claim in applied.published.replies}
+        self._age = 1 + max((claim.since for claim in applied.published.replies), default=-1)
 
-    def whole(self, desired: Iterable[DesiredService]) -> Iterator[Operation]:
-        """Everything, as after a change of the configuration. The caller advances `applied` after each operation.
+    def rehearsing(self, applied: Applied) -> Planner:
+        """One that goes on from here with a copy of what is applied."""
+        other = copy(self)
+        other.applied, other._space = applied, Slots(applied)
+        other._service_ids, other._backend_ids = self._service_ids.copy(), self._backend_ids.copy()
+        other._claims = dict(self._claims)
+        return other
+
+    def whole(self, desired: Iterable[DesiredService], others: Iterable[Service] = ()) -> Iterator[Operation]:
+        """Everything, as after a change of the configuration: `desired`, and `others` that are applied as they are
+        wanted. The caller advances `applied` after each operation.
 
         Ids run out, if they do, before the first operation. Large tables find their place first: small ones fit into
         what that leaves.
         """
         services = {service.config.name: service for service in desired}
+        stay = {service.name: service for service in others}
         yield from self._backends(services.values())
         for service in sorted(services.values(), key=lambda service: -len(service.backends)):
             yield from self._table(service)
-        claims = entries.claims(services.values(), self.applied, self._tunnels)
-        if claims != self.applied.published:
-            yield claims
+        publish = self._publish({name: service.config for name, service in services.items()} | stay)
+        if publish != self.applied.published:
+            yield publish
         for name, applied in list(self.applied.services.items()):
-            if name not in services:
+            if name not in services and name not in stay:
                 yield ClearService(name, applied.id)
                 self._service_ids.release(name)
+                self._claims.pop(name, None)
         wanted = {BackendKey(s.config.name, b.config.name) for s in services.values() for b in s.backends}
+        if len(self.applied.backends) == len(wanted) + sum(len(service.backends) for service in stay.values()):
+            return
         for key, (id_, _) in list(self.applied.backends.items()):
-            if key not in wanted:
+            if key[0] not in stay and key not in wanted:
                 yield ClearBackend(key, id_)
                 self._backend_ids.release(key)
+
+    def _publish(self, services: Mapping[str, Service]) -> Publish:
+        """By name, so that the order in a file makes no difference. What stays is the same object, to compare fast."""
+        for name, service in services.items():
+            known = self._claims.get(name)
+            if known is None or known.service is not service:
+                had = self._taken_over if known is None else {without_age(claim): claim for claim in known.replying}
+                found = service_claims(service, self.applied, had, self._age)
+                if known is not None and (known.listening, known.replying) == (found.listening, found.replying):
+                    found = replace(known, service=service)
+                self._claims[name] = found
+        self._age += 1
+        claims = [self._claims[name] for name in sorted(services)]
+        listening = (*self._source_claims, *(claim.listening for claim in claims))
+        return Publish(listening, tuple(chain.from_iterable(claim.replying for claim in claims)))
 
     def service(self, desired: DesiredService) -> Iterator[Operation]:
         """One service's backends and slots, as after a verdict."""
@@ -79,7 +126,7 @@ class Planner:
             for backend in service.backends:
                 key = BackendKey(name, backend.config.name)
                 put = PutBackend(
-                    key, self._backend_ids.of(key), backend_entry(service.config, backend, service_id, self._tunnels)
+                    key, self._backend_ids.of(key), backend_entry(service.config, backend, service_id, self.tunnels)
                 )
                 if self.applied.backends.get(key) != (put.id, put.entry):
                     changed.append(put)

@@ -6,7 +6,7 @@ before the call that brings it returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -18,7 +18,7 @@ from xdplb.abi import BackendFlag
 from xdplb.core.desired import DesiredService, desire
 from xdplb.core.entries import Tunnels
 from xdplb.core.hash_key import HashKey
-from xdplb.core.nat_replies import shared_backends
+from xdplb.core.nat_replies import NatReplies
 from xdplb.core.operations import Applied, ClearBackend, Operation, Publish, PutBackend, PutService
 from xdplb.core.planner import Planner
 from xdplb.core.status import BackendStatus, Statuses, keeps_flows_when_down
@@ -80,8 +80,12 @@ class Engine:
         self.key = key
         self.clock = clock or the_clock()
         self._writer = writer or MapWriter(plane, key, self.clock)
-        self._known_shared: tuple[Config, frozenset[BackendKey]] | None = None
-        """Of the configuration looked at last: with tens of thousands of backends it takes a while to find."""
+        self._replies = NatReplies()
+        self._foreseen: tuple[Config | None, NatReplies] = (None, self._replies)
+        """Of the configuration that was rehearsed: with tens of thousands of backends they take a while to find."""
+        self._planner = Planner(applied, _tunnels(config))
+        self._done: dict[str, tuple[Service, tuple[BackendStatus, ...]]] = {}
+        """What each service was by which its part of the maps was made."""
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:
@@ -90,10 +94,12 @@ class Engine:
         self._writer.window = self.clock.ticks(config.flow_cache.window_s)
         self.statuses.follow(config)
         self.services: dict[str, Service] = {service.name: service for service in config.services}
-        if self._known_shared is None or self._known_shared[0] is not config:
-            self._known_shared = config, shared_backends(config)
-        self._shared = self._known_shared[1]
-        self._planner = Planner(self.applied, _tunnels(config))
+        before, (foreseen, replies) = self._replies, self._foreseen
+        self._replies = replies if foreseen is config else before.follow(config)
+        for key in before.shared ^ self._replies.shared:
+            self._done.pop(key.service, None)
+        if self._planner.applied is not self.applied or self._planner.tunnels != _tunnels(config):
+            self._planner, self._done = Planner(self.applied, _tunnels(config)), {}
 
     def as_it_is(self) -> Engine:
         """For another thread to read, while this one goes on."""
@@ -102,11 +108,26 @@ class Engine:
         return other
 
     def desired(self, service: Service) -> DesiredService:
-        return desire(service, self.statuses.by_service[service.name], self._shared)
+        return desire(service, self.statuses.by_service[service.name], self._replies.shared)
 
     def apply_all(self) -> None:
         """Makes the maps what they should be, wholly. CapacityExceeded leaves a valid, partly applied state."""
-        self._carry_out(self._planner.whole([self.desired(service) for service in self.config.services]))
+        try:
+            self._carry_out(self._plan())
+        except BaseException:
+            self._planner, self._done = Planner(self.applied, self._planner.tunnels), {}
+            raise
+        self._done = {name: self._now(service) for name, service in self.services.items()}
+
+    def _plan(self) -> Iterator[Operation]:
+        """Of services that are not what they were when their part of the maps was made, or whose backends are not."""
+        others = [s for s in self.config.services if s.name in self._done and self._done[s.name] == self._now(s)]
+        as_wanted = {service.name for service in others}
+        changed = [self.desired(s) for s in self.config.services if s.name not in as_wanted]
+        return self._planner.whole(changed, others)
+
+    def _now(self, service: Service) -> tuple[Service, tuple[BackendStatus, ...]]:
+        return service, tuple(self.statuses.by_service[service.name].values())
 
     def fill(self, statuses: Statuses) -> None:
         """`apply_all` by statuses that stand still: for another thread, while `self.statuses` change."""
@@ -122,12 +143,13 @@ class Engine:
         other._writer = copy(self._writer)
         other.statuses = self.statuses.copy()
         other.applied = self.applied.copy()
+        other._planner, other._done = self._planner.rehearsing(other.applied), dict(self._done)
         other.adopt_config(config)
-        for operation in other._planner.whole([other.desired(service) for service in config.services]):
+        for operation in other._plan():
             if isinstance(operation, Publish):
                 self._writer.build(operation)
             other.applied.advance(operation)
-        self._known_shared = other._known_shared
+        self._foreseen = config, other._replies
 
     def withdraw(self, key: BackendKey) -> None:
         """The urgent part of a backend's failure: no packet goes there from now on, but of flows that it keeps. Its
@@ -138,6 +160,7 @@ class Engine:
         known = self.applied.backends.get(key)
         if known is None or self.services[key.service].on_all_down is OnAllDown.FAIL_OPEN:
             return
+        self._done.pop(key.service, None)
         id_, entry = known
         flags = entry.flags & ~BackendFlag.UP
         if not keeps_flows_when_down(self.services[key.service], self.statuses.get(key)):
@@ -146,7 +169,9 @@ class Engine:
 
     def apply_service(self, service: str) -> None:
         """All of a change in one service."""
+        self._done.pop(service, None)
         self._carry_out(self._planner.service(self.desired(self.services[service])))
+        self._done[service] = self._now(self.services[service])
 
     def update(self, key: BackendKey, status: BackendStatus) -> bool:
         """Takes note of a backend's new status; True where something is to be applied."""

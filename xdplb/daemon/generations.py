@@ -54,7 +54,8 @@ class Generations:
         if notes is not None and (geometry := self._adoptable(notes)):
             plane = await self._open(self.features(config), geometry)
             log.info("took over the running packet path with %d services", len(notes.services))
-            return Engine(plane, self._key, config, statuses, record.applied(plane, notes), record.retired(notes))
+            known = record.applied(plane, notes), record.retired(notes)
+            return await asyncio.to_thread(Engine, plane, self._key, config, statuses, *known)
         if notes is not None and notes.services and notes.key not in ("", self._key.name):
             log.warning(
                 "hash_key is another one than before: flows of %s break where it sends them to other backends",
@@ -65,7 +66,8 @@ class Generations:
         left = Handover.of(notes, self._key) if notes is not None else None
         if left is None or notes is None:
             plane = await self._open_new(self.features(config), geometry)
-            return Engine(plane, self._key, config, statuses, Applied(plane.geometry), Retired())
+            nothing = Applied(plane.geometry), Retired()
+            return await asyncio.to_thread(Engine, plane, self._key, config, statuses, *nothing)
         geometry = left.room_in(geometry)
         pins = self.pins(geometry)
         remove_pins(pins)
@@ -74,7 +76,8 @@ class Generations:
         plane = await self._open(self.features(config), geometry)
         left.copy(plane, clock().ticks(config.flow_cache.window_s))
         log.info("took over %d services and their flows from other maps", len(notes.services))
-        return Engine(plane, self._key, config, statuses, record.applied(plane, notes), Retired())
+        applied = record.applied(plane, notes)
+        return await asyncio.to_thread(Engine, plane, self._key, config, statuses, applied, Retired())
 
     def _pin_what_is_in_use(self, notes: Manifest) -> None:
         """Pins are seen in the mount namespace alone in which they were made, and people remove them."""

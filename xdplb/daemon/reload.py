@@ -104,7 +104,7 @@ class Reloader:
         Raises XdplbError; what an earlier daemon left is untouched until the program is attached.
         """
         async with self.lock:
-            self._monitor.follow(self.config, left)
+            await self._monitor.follow_in_turns(self.config, left)
             engine, _ = await asyncio.gather(
                 self._generations.first(self.config, self._monitor.statuses, left), self._monitor.first_verdicts()
             )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xdplb.core.desired import DesiredBackend, desire
 from xdplb.core.health import AgentWord
-from xdplb.core.nat_replies import reply_ports, shared_backends
+from xdplb.core.nat_replies import NatReplies, reply_ports, shared_backends
 from xdplb.core.slow_start import ramp_after
 from xdplb.core.status import FULL_RAMP, AgentState, BackendStatus, NextHop
 from xdplb.core.weights import configured_weight, serving
@@ -335,6 +335,21 @@ def shared_by_pairs(config: Config) -> set[BackendKey]:
 @given(nat_configs())
 def test_shared_backends_are_those_whose_replies_do_not_name_the_service(config: Config) -> None:
     assert shared_backends(config) == shared_by_pairs(config)
+
+
+@settings(max_examples=200)
+@given(st.lists(nat_configs(), min_size=2, max_size=4), st.data())
+def test_shared_backends_are_followed_from_one_configuration_to_the_next(
+    configs: list[Config], data: st.DataObject
+) -> None:
+    replies, before = NatReplies(), Config(("eth0",), ())
+    for config in configs:
+        names = {service.name for service in config.services}
+        kept = [s for s in before.services if s.name not in names or data.draw(st.booleans())]
+        taken = {service.name for service in kept}
+        before = replace(config, services=(*kept, *(s for s in config.services if s.name not in taken)))
+        replies = replies.follow(before)
+        assert replies.shared == shared_by_pairs(before)
 
 
 def test_one_service_that_names_a_backend_twice_shares_it_with_itself() -> None:

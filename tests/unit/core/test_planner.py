@@ -77,6 +77,20 @@ def test_a_plan_cut_anywhere_can_be_given_up_for_another(before: World, after: W
 
 
 @settings(max_examples=100)
+@given(before=worlds(), after=worlds(), data=st.data())
+def test_services_that_stay_as_they_are_need_not_be_planned(before: World, after: World, data: st.DataObject) -> None:
+    """By one planner, as a daemon has it."""
+    machine = Machine()
+    planner = machine.planner()
+    machine.carry_out(planner.whole(before.desired))
+    known = {desired.config.name: desired for desired in before.desired}
+    stay = [s for s in after.desired if known.get(s.config.name) == s and data.draw(st.booleans())]
+    changed = [s for s in after.desired if s not in stay]
+    machine.carry_out(planner.whole(changed, [s.config for s in stay]))
+    machine.assert_is(after)
+    assert list(planner.whole([], [s.config for s in after.desired])) == []
+
+
 @given(world=worlds(), verdicts=st.lists(st.tuples(st.integers(0, 14), statuses), max_size=8), data=st.data())
 def test_verdicts_are_planned_service_by_service_and_sound_at_each_step(
     world: World, verdicts: list[tuple[int, BackendStatus]], data: st.DataObject

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from edges import GEOMETRY, UNCHECKED, Kernel, Plane, Ticks, Writing, config, engine, inside, service
 
+from xdplb.core.desired import DesiredService, desire
 from xdplb.core.flow_cache import WAYS
 from xdplb.core.operations import PutBackend
 from xdplb.core.status import Statuses
+from xdplb.daemon import engine as engines
 from xdplb.daemon.alarms import Alarms
 from xdplb.daemon.backend_monitor import BackendMonitor
 from xdplb.daemon.engine import Engine
@@ -23,7 +25,7 @@ from xdplb.daemon.overrides import Overrides
 from xdplb.daemon.reload import Reloader
 from xdplb.dataplane.manifest import Manifest
 from xdplb.errors import NotCapable, XdplbError
-from xdplb.model import Address, Admin, AttachMode, Backend, BackendKey, Config, Listen, Protocol
+from xdplb.model import Address, Admin, AttachMode, Backend, BackendKey, Config, Listen, Protocol, Service
 
 ONE = config(service("a", "b", check=UNCHECKED))
 TWO = config(service("a", "b", "c", check=UNCHECKED))
@@ -124,6 +126,27 @@ class House:
 
 
 in_house = inside(House)
+
+
+@in_house
+async def test_a_service_that_stays_as_it_is_costs_nothing(house: House) -> None:
+    web = ONE.services[0]
+    others = [replace(web, name=f"s{n}", listen=replace(web.listen, address=IPv4Address(n))) for n in range(1, 10)]
+    house.reloader.config = config(web, *others)
+    await house.reloader.start(None)
+    asked: list[str] = []
+
+    def counted(service: Service, *args: Any) -> DesiredService:
+        asked.append(service.name)
+        return desire(service, *args)
+
+    known = dict(house.monitor.statuses.by_service)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "desire", counted)
+        await house.reloader.reload(config(*TWO.services, *others))
+    assert set(asked) == {"web"} and house.configured == {"a", "b", "c"}
+    statuses = house.monitor.statuses.by_service
+    assert [name for name in known if statuses[name] is not known[name]] == ["web"]
 
 
 @in_house
