@@ -12,11 +12,28 @@ from xdplb.api.messages import GROUP, JSON
 from xdplb.errors import DaemonUnreachable, NotPrivileged, XdplbError
 from xdplb.paths import Instance
 
+LONG_BYTES = 1 << 20
+_GOOD, _END = b'{"ok": true, "result": ', b"}\n"
+
 
 def call(instance: Instance, command: str, timeout_s: float = 10.0, **params: JSON) -> JSON:
     """The daemon's answer to one request. Raises what the daemon raised, DaemonUnreachable, or NotPrivileged."""
-    request = json.dumps({"command": command, **params}).encode() + b"\n"
-    answer = _exchange(instance, request, timeout_s)
+    return _result(instance, _exchange(instance, _request(command, params), timeout_s))
+
+
+def call_for_text(instance: Instance, command: str, timeout_s: float = 10.0, **params: JSON) -> str:
+    """The same as JSON to print: indented, unless it is so long that only programs read it."""
+    answer = _exchange(instance, _request(command, params), timeout_s)
+    if len(answer) > LONG_BYTES and answer.startswith(_GOOD) and answer.endswith(_END):
+        return answer[len(_GOOD) : -len(_END)].decode()
+    return json.dumps(_result(instance, answer), indent=2)
+
+
+def _request(command: str, params: dict[str, JSON]) -> bytes:
+    return json.dumps({"command": command, **params}).encode() + b"\n"
+
+
+def _result(instance: Instance, answer: bytes) -> JSON:
     try:
         body = json.loads(answer)
         if body["ok"]:

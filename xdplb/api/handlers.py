@@ -7,16 +7,17 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from json.encoder import encode_basestring_ascii
 from typing import Protocol, cast
 
 from xdplb.api import explanation
-from xdplb.api.messages import JSON
+from xdplb.api.messages import JSON, Encoded
 from xdplb.api.server import Handler, Request
 from xdplb.api.turns import Turns
 from xdplb.config import read as configuration
 from xdplb.config.differences import changes
-from xdplb.core.desired import DesiredBackend
+from xdplb.core.desired import shown_weights, way_to
 from xdplb.core.forecast import forecast
 from xdplb.core.health import Health
 from xdplb.core.status import FULL_RAMP, AgentState, BackendStatus, Statuses
@@ -27,7 +28,7 @@ from xdplb.daemon.loop_lag import LoopLag
 from xdplb.dataplane import frames
 from xdplb.dataplane.clock import clock
 from xdplb.errors import UsageError, XdplbError
-from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service
+from xdplb.model import Admin, Backend, BackendKey, Config, Forward, Service, like
 from xdplb.net.next_hops import Interface
 
 MAX_WEIGHT = 65535
@@ -93,85 +94,56 @@ class Handlers:
     async def _services(self, names: Sequence[str]) -> list[JSON]:
         """Those that a reload takes away meanwhile are left out."""
         remembered = await asyncio.to_thread(flow_upkeep.remembered, self._daemon.engine)
-        turns, found = Turns(), list[JSON]()
+        turns, found, flows = Turns(), list[JSON](), flow_upkeep.OpenFlows(self._daemon.engine)
         for name in names:
             service = self._daemon.engine.services.get(name)
             if service is not None:
-                found.append(self._service(service, remembered))
+                found.append(self._service(service, remembered, flows))
             await turns.over()
         return found
 
-    def _service(self, service: Service, remembered: Mapping[BackendKey, int]) -> JSON:
-        desired = self._daemon.engine.desired(service)
-        backends: list[JSON] = []
-        for backend, wanted in zip(service.backends, desired.backends, strict=True):
+    def _service(self, service: Service, remembered: Mapping[BackendKey, int], flows: flow_upkeep.OpenFlows) -> Encoded:
+        """As text: a microsecond more for each of tens of thousands of backends is a long time."""
+        health, statuses = self._daemon.health, self._daemon.statuses.by_service[service.name]
+        weights = shown_weights(service, statuses)
+        backends = []
+        for backend in service.backends:
             key = BackendKey(service.name, backend.name)
-            health, status = self._daemon.health[key], self._daemon.statuses.get(key)
-            ramping: dict[str, JSON] = {"slow_start": status.ramp / FULL_RAMP}
+            known, status, open_flows = health[key], statuses[backend.name], flows.of(key)
+            check = f'"duration_ms": {round(1000 * known.duration_s, 3)}, "cause": {_text(known.cause)}{_agent(status)}'
+            ramping = f', "slow_start": {status.ramp / FULL_RAMP}' if status.ramp < FULL_RAMP else ""
             backends.append(
-                {
-                    "name": backend.name,
-                    "address": backend.label(service.listen),
-                    "state": health.state.value,
-                    "admin": status.standing.value,
-                    "reason": health.reason,
-                    "weight": backend.weight if status.weight is None else status.weight,
-                    "effective_weight": desired.shown_weight(wanted),
-                    "active_flows": flow_upkeep.active(self._daemon.engine, key),
-                    "open_flows": flow_upkeep.open_flows(self._daemon.engine, key),
-                    "remembered_flows": remembered.get(key, 0),
-                    "last_change": _timestamp(health.since),
-                    "backup": backend.backup,
-                    "reachable": status.next_hop is not None,
-                    "check": {
-                        "duration_ms": round(1000 * health.duration_s, 3),
-                        "cause": health.cause,
-                        **_agent(status),
-                    },
-                    **_path_mtu(status, wanted),
-                    **(ramping if status.ramp < FULL_RAMP else {}),
-                }
+                f'{{"name": {_text(backend.name)}, "address": {_text(backend.label(service.listen))}, '
+                f'"state": "{known.state.value}", "admin": "{status.standing.value}", "reason": {_text(known.reason)}, '
+                f'"weight": {backend.weight if status.weight is None else status.weight}, '
+                f'"effective_weight": {weights.get(backend.name, 0)}, '
+                f'"active_flows": {open_flows if service.remembers_all else "null"}, "open_flows": {open_flows}, '
+                f'"remembered_flows": {remembered.get(key, 0)}, "last_change": "{_timestamp(known.since)}", '
+                f'"backup": {_TRUTH[backend.backup]}, "reachable": {_TRUTH[status.next_hop is not None]}, '
+                f'"check": {{{check}}}{_path_mtu(service, status)}{ramping}}}'
             )
-        return {
-            "name": service.name,
-            "listen": str(service.listen),
-            "forward": service.forward.value,
-            "scheduler": service.scheduler.value,
-            "backends": backends,
-        }
+        return Encoded(
+            f'{{"name": {_text(service.name)}, "listen": "{service.listen}", "forward": "{service.forward.value}", '
+            f'"scheduler": "{service.scheduler.value}", "backends": [{", ".join(backends)}]}}'
+        )
 
     async def _diff(self, request: Request) -> JSON:
         text, name = request.get("text"), request.get("name")
         if not isinstance(text, str) or not isinstance(name, str):
             raise UsageError("diff takes the text of a configuration and its name")
-        return self._difference(await asyncio.to_thread(configuration.parse, text, name))
+        return await self._difference(await asyncio.to_thread(configuration.parse, text, name))
 
     async def _reload(self, request: Request) -> JSON:
         config = await self._daemon.read_file()
-        difference = self._difference(config)
+        difference = await self._difference(config)
         await self._daemon.reload(config)
         return difference
 
-    def _difference(self, config: Config) -> JSON:
+    async def _difference(self, config: Config) -> JSON:
+        """In another thread, from what is known when it begins."""
         daemon = self._daemon
-        engine = daemon.engine
-        open_flows = partial(flow_upkeep.open_flows, engine)
-        told = forecast(daemon.config, config, daemon.statuses.by_service, engine.applied, open_flows)
-        return {
-            "changes": cast(JSON, list(changes(daemon.config, config))),
-            "services": [
-                {
-                    "name": name,
-                    "slots_moved_percent": round(service.slots_moved_percent, 2),
-                    "flows_broken": service.flows_broken,
-                    "flows_on_removed": service.flows_on_removed,
-                }
-                for name, service in told.services.items()
-            ],
-            "flows_broken": told.flows_broken,
-            "flows_on_removed": told.flows_on_removed,
-            "uncounted": list(told.uncounted),
-        }
+        engine = daemon.engine.as_it_is()
+        return await asyncio.to_thread(_difference, daemon.config, config, daemon.statuses.copy(), engine)
 
     async def _backend(self, request: Request) -> JSON:
         key, backend = self._find(str(request.get("service")), str(request.get("backend")))
@@ -240,15 +212,43 @@ def _arrival(flow: frames.Flow, daemon: Daemon) -> Interface:
     return daemon.interfaces[0]
 
 
-def _path_mtu(status: BackendStatus, wanted: DesiredBackend) -> dict[str, JSON]:
-    if status.next_hop is None or wanted.next_hop is None or wanted.next_hop.mtu == status.next_hop.mtu:
-        return {}
-    return {"path_mtu": wanted.next_hop.mtu}
+def _path_mtu(service: Service, status: BackendStatus) -> str:
+    way = way_to(service, status)
+    return "" if way is None or way == status.next_hop else f', "path_mtu": {way.mtu}'
 
 
-def _agent(status: BackendStatus) -> dict[str, JSON]:
-    return {} if status.agent == AgentState() else {"agent": str(status.agent)}
+def _agent(status: BackendStatus) -> str:
+    return "" if status.agent == AgentState() else f', "agent": {_text(str(status.agent))}'
+
+
+_text = encode_basestring_ascii
+_TRUTH = ("false", "true")
 
 
 def _timestamp(seconds: float) -> str:
+    return _whole_second(int(seconds // 1))
+
+
+@lru_cache(maxsize=1024)
+def _whole_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _difference(before: Config, config: Config, statuses: Statuses, engine: Engine) -> JSON:
+    config = like(before, config)
+    told = forecast(before, config, statuses.by_service, engine.applied, partial(flow_upkeep.open_flows, engine))
+    return {
+        "changes": cast(JSON, list(changes(before, config))),
+        "services": [
+            {
+                "name": name,
+                "slots_moved_percent": round(service.slots_moved_percent, 2),
+                "flows_broken": service.flows_broken,
+                "flows_on_removed": service.flows_on_removed,
+            }
+            for name, service in told.services.items()
+        ],
+        "flows_broken": told.flows_broken,
+        "flows_on_removed": told.flows_on_removed,
+        "uncounted": list(told.uncounted),
+    }

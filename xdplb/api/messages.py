@@ -11,6 +11,13 @@ from xdplb.config.differences import Change
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
+
+class Encoded(str):
+    """JSON as text, as a part of an answer: where there are tens of thousands of them, encoding takes long."""
+
+    __slots__ = ()
+
+
 GROUP = "xdplb"
 """Whose members may use the control socket, beside root."""
 

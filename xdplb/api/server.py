@@ -24,7 +24,7 @@ from typing import Self, TypeAlias
 
 from xdplb import __version__
 from xdplb.api import refusals
-from xdplb.api.messages import GROUP, JSON
+from xdplb.api.messages import GROUP, JSON, Encoded
 from xdplb.api.turns import Turns
 from xdplb.errors import UsageError, XdplbError
 from xdplb.paths import make_directory
@@ -126,7 +126,9 @@ async def _encoded(answer: JSON) -> bytes:
 
 def _pieces(value: JSON, levels: int) -> Iterator[str]:
     """JSON; to so many levels, each entry apart."""
-    if levels and isinstance(value, dict):
+    if isinstance(value, Encoded):
+        yield value
+    elif levels and isinstance(value, dict):
         yield "{"
         for number, (name, item) in enumerate(value.items()):
             yield f"{', ' if number else ''}{json.dumps(name)}: "

@@ -201,10 +201,10 @@ def status(service: str | None, only_check: bool, interface: str | None, output:
     Their state and why, weight (effective/configured), flows, and latest check. What is wrong with the gateway itself
     comes first.
     """
-    answer = cast(Status, client.call(only_instance(interface), "status", service=service))
     if output == "json" and not only_check:
-        terminal.show_json(answer)
+        click.echo(client.call_for_text(only_instance(interface), "status", service=service))
         return 0
+    answer = cast(Status, client.call(only_instance(interface), "status", service=service))
     from xdplb.cli import views
 
     problems = views.problems(answer) if only_check else []

@@ -63,12 +63,18 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
     )
 
 
-def _next_hop(service: Service, status: BackendStatus) -> NextHop | None:
-    """A report counts only where it says less than the interface and the route do."""
+def way_to(service: Service, status: BackendStatus) -> NextHop | None:
+    """The next hop, with the MTU of the way. A report counts only where it says less than the interface and the route do."""
     hop, reported = status.next_hop, status.path_mtu
     if hop is None or reported is None or not service.forward.encapsulates:
         return hop
     return replace(hop, mtu=min(hop.mtu, reported))
+
+
+def shown_weights(service: Service, statuses: Mapping[str, BackendStatus]) -> dict[str, int]:
+    """`DesiredService.shown_weight` of those backends that take new flows."""
+    weights, scale = _scaled(serving(service, statuses), statuses)
+    return {name: -(-weight // scale) for name, weight in weights.items()}
 
 
 def _scaled(weights: Mapping[str, int], statuses: Mapping[str, BackendStatus]) -> tuple[Mapping[str, int], int]:

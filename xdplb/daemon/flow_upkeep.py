@@ -21,15 +21,22 @@ def remembered(engine: Engine) -> dict[BackendKey, int]:
     return {key: int(counts[id_]) for key, (id_, _) in known if id_ < len(counts) and counts[id_]}
 
 
-def active(engine: Engine, key: BackendKey) -> int | None:
-    """How many flows (with affinity: clients) a backend has; None where not all are remembered."""
-    return open_flows(engine, key) if engine.services[key.service].remembers_all else None
-
-
 def open_flows(engine: Engine, key: BackendKey) -> int:
     """How many of the flows that are remembered of a backend have neither ended nor fallen silent."""
     known = engine.applied.backends.get(key)
     return int(engine.plane.loads["active"][known[0]]) if known else 0
+
+
+class OpenFlows:
+    """The same of many backends."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._applied = engine.applied.backends
+        self._active = engine.plane.loads["active"].tolist()
+
+    def of(self, key: BackendKey) -> int:
+        known = self._applied.get(key)
+        return self._active[known[0]] if known else 0
 
 
 def window_s(engine: Engine, service: str) -> float:
