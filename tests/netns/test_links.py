@@ -218,14 +218,13 @@ def test_a_vip_comes_and_goes(lab: Lab, vip: Address) -> None:
     async def test() -> None:
         async with Links() as links:
             index = (await links.interface("gw0")).index
-            assert await links.add_address(index, vip)
+            await links.add_addresses(index, [vip])
             await becomes_local(links, vip)
             listener = await asyncio.start_server(lambda reader, writer: writer.close(), str(vip), 8080)
             listener.close()
-            assert not await links.add_address((await links.interface("lo")).index, vip)
-            assert await links.remove_address(index, vip)
-            assert not await links.remove_address(index, vip)
-            assert not await links.remove_address(4711, vip)
+            await links.add_addresses(index, [vip])
+            for where in (index, index, 4711):
+                await links.remove_addresses(where, [vip])
             route = await links.route(vip)
             assert route is None or not route.local
 
@@ -237,7 +236,7 @@ def test_an_ipv6_vip_is_never_a_source(lab: Lab) -> None:
 
     async def test() -> None:
         async with Links() as links:
-            await links.add_address((await links.interface("gw0")).index, ip_address("fd07::12"))
+            await links.add_addresses((await links.interface("gw0")).index, [ip_address("fd07::12")])
             route = await links.route(ip_address("fd07::13"))
             assert route is not None and route.source == GATEWAY6
 

@@ -34,6 +34,7 @@ IDLE_S, BUSY_S = 10.0, 10.0
 ROUNDS = 5
 _FIRST_VIP, _FIRST_BACKEND = IPv4Address("198.18.0.1"), IPv4Address("10.64.0.2")
 _NEIGHBOURS = Path("/proc/sys/net/ipv4/neigh/default")
+_QUEUE = Path("/proc/sys/net/core/netdev_max_backlog")
 _NONE, _TCP = "{type: none}", f"{{type: tcp, interval: {CHECK_INTERVAL_S}s, timeout: 2s}}"
 
 
@@ -49,8 +50,11 @@ def configuration(check: str, services: int = SERVICES, backends: int = BACKENDS
 
 @contextmanager
 def laboratory() -> Iterator[Laboratory]:
-    """Two-armed. The machine's neighbour table is made large enough meanwhile."""
-    sizes = {path: path.read_text() for path in (_NEIGHBOURS / "gc_thresh2", _NEIGHBOURS / "gc_thresh3")}
+    """Two-armed. The machine's neighbour table is made large enough meanwhile, and so is the queue in which a virtual
+    link puts frames: that of a card holds the answers of many neighbours that are asked at once.
+    """
+    paths = (_NEIGHBOURS / "gc_thresh2", _NEIGHBOURS / "gc_thresh3", _QUEUE)
+    sizes = {path: path.read_text() for path in paths}
     try:
         for path in reversed(sizes):
             path.write_text("200000")

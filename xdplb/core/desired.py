@@ -54,7 +54,7 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
                 weight=weights.get(backend.name, 0),
                 up=backend.name in weights or keeps_flows(statuses[backend.name]),
                 keeps=keeps_flows_when_down(service, statuses[backend.name]),
-                next_hop=_next_hop(service, statuses[backend.name]),
+                next_hop=way_to(service, statuses[backend.name]),
                 shared=BackendKey(service.name, backend.name) in shared,
             )
             for backend in service.backends

@@ -40,21 +40,22 @@ class Addresses:
         present = await self._network.addresses()
         missing = [(port, address) for port, address in self._wanted(config) if address not in present]
         await self._warn_of_owners(missing)
-        for port, address in self._noted(missing):
-            await self._network.add_address(port.index, address, present)
+        for port, addresses in _by_port(self._noted(missing)).items():
+            await self._network.add_addresses(port.index, addresses)
         self._announce(missing)
 
     async def remove(self, config: Config | None) -> None:
         """Takes back those that we gave and that `config` (None: nobody) does not need any more."""
         needed = {str(address) for _, address in self._wanted(config)} if config else set()
         self._ledger.relies = sorted(needed)
-        for name, address in list(self._ledger.addresses):
-            if address in needed:
-                continue
+        going = [(name, address) for name, address in self._ledger.addresses if address not in needed]
+        for name in dict.fromkeys(name for name, _ in going):
+            addresses = [ip_address(address) for of, address in going if of == name]
             with suppress(XdplbError):
                 interface = await self._network.interface(name)
-                await self._network.remove_address(interface.index, ip_address(address))
-            self._ledger.addresses.remove((name, address))
+                await self._network.remove_addresses(interface.index, addresses)
+        gone = set(going)
+        self._ledger.addresses = [note for note in self._ledger.addresses if note not in gone]
         if config is not None:
             self._ledger.save()
 
@@ -92,8 +93,8 @@ class Addresses:
                     "where another program moves it between hosts, write host: {addresses: alarm}",
                 )
         self._contested.pop(address, None)
-        for interface, noted in self._noted([(port, address)]):
-            await self._network.add_address(interface.index, noted)
+        self._noted([(port, address)])
+        await self._network.add_addresses(port.index, [address])
         self._announce([(port, address)])
 
     def announce_again(self, config: Config) -> None:
@@ -118,13 +119,13 @@ class Addresses:
         return wanted + [(self._ports.back, address) for address in config.sources(4) + config.sources(6)]
 
     def _noted(self, added: list[tuple[Interface, Address]]) -> list[tuple[Interface, Address]]:
+        before, known = self._ledger.addresses, set(self._ledger.addresses)
         notes = [(port.name, str(address)) for port, address in added]
-        fresh = [note for note in notes if note not in self._ledger.addresses]
-        self._ledger.addresses += fresh
+        self._ledger.addresses = before + [note for note in notes if note not in known]
         try:
             self._ledger.save()
         except XdplbError:
-            self._ledger.addresses = [note for note in self._ledger.addresses if note not in fresh]
+            self._ledger.addresses = before
             raise
         return added
 
@@ -161,6 +162,13 @@ def _contest(address: Address, mac: bytes) -> Difference:
         f"{address} is in use elsewhere: {whose} answers for it",
         "take it off that host; a backend of dsr has it on lo, with net.ipv4.conf.all.arp_ignore=1",
     )
+
+
+def _by_port(wanted: list[tuple[Interface, Address]]) -> dict[Interface, list[Address]]:
+    found: dict[Interface, list[Address]] = {}
+    for port, address in wanted:
+        found.setdefault(port, []).append(address)
+    return found
 
 
 def _listened(config: Config) -> list[Address]:

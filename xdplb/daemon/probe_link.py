@@ -128,7 +128,7 @@ class ProbeLink:
             present = {interface.name: interface for interface in await self._network.interfaces()}
         ends = Ends(present[self._device], present[_peer(self._device)])
         await asyncio.to_thread(self._set)
-        await self._network.add_address(ends.inner.index, _DUMMY, present=())
+        await self._network.add_addresses(ends.inner.index, [_DUMMY])
         await self._add_routes(ends.inner, vips)
         await self._network.replace(ends.outer.index, program, AttachMode.NATIVE)
         return ends

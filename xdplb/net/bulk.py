@@ -26,13 +26,15 @@ from xdplb.net.next_hops import HAS_MAC, EventsLostError, Neighbour, NeighbourEv
 
 _T = TypeVar("_T")
 
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 18, 22, 26, 28, 29, 30
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x01, 0x04, 0x100, 0x400
+RTM_GETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_GETROUTE = 18, 20, 21, 22, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x01, 0x04, 0x100, 0x200, 0x400
 NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_ALT_IFNAME, IFNAMSIZ = 1, 3, 53, 16
 IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_LINK_NETNSID, IFLA_INFO_KIND = 5, 10, 18, 37, 1
-IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFA_ADDRESS, IFA_LOCAL, IFA_CACHEINFO, IFA_FLAGS = 1, 2, 6, 8
+IFA_F_NODAD, FOR_EVER = 0x02, 0xFFFFFFFF
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_VIA = 1, 4, 5, 7, 8, 18
 RTAX_MTU = 2
 NDA_DST, NDA_LLADDR, NDA_PROTOCOL, NDA_FLAGS_EXT = 1, 2, 12, 15
@@ -214,6 +216,40 @@ def _route(address: Address, message: Message) -> Route | None:
         mtu=_WORD.unpack(mtu)[0] if mtu else None,
         local=kind == RTN_LOCAL,
     )
+
+
+def add_addresses(index: int, addresses: Iterable[Address]) -> dict[Address, int]:
+    """Each alone (/32, /128), usable at once. The errno of each that the kernel refused.
+
+    An IPv6 address is added as deprecated (preferred lifetime 0), so that the host does not choose it as the source of
+    its own connections: RFC 6724, rule 3.
+    """
+
+    def request(number: int, address: Address) -> bytes:
+        body = b""
+        if address.version == 6:
+            body = attribute(IFA_FLAGS, _WORD.pack(IFA_F_NODAD))
+            body += attribute(IFA_CACHEINFO, struct.pack("=4I", 0, FOR_EVER, 0, 0))
+        return _address_request(number, RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, index, address) + body
+
+    return _refused(addresses, lambda number, address: _with_length(request(number, address)))
+
+
+def remove_addresses(index: int, addresses: Iterable[Address]) -> dict[Address, int]:
+    """The errno of each that the kernel refused."""
+    return _refused(
+        addresses, lambda number, address: _with_length(_address_request(number, RTM_DELADDR, 0, index, address))
+    )
+
+
+def _address_request(number: int, kind: int, flags: int, index: int, address: Address) -> bytes:
+    body = _ADDRESS.pack(_family(address), address.max_prefixlen, 0, 0, index)
+    body += attribute(IFA_LOCAL, address.packed) + attribute(IFA_ADDRESS, address.packed)
+    return _HEADER.pack(0, kind, NLM_F_REQUEST | NLM_F_ACK | flags, number, 0) + body
+
+
+def _with_length(message: bytes) -> bytes:
+    return _WORD.pack(len(message)) + message[_WORD.size :]
 
 
 def neighbours() -> list[Neighbour]:

@@ -190,35 +190,19 @@ class Links:
             log.debug("%s: %s", interface.name, error)
             return None
 
-    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
-        """Adds the address alone (/32, /128), usable at once. False where any interface of this host has it already.
-        `present`: the host's addresses, for who has asked already.
-
-        An IPv6 address is added as deprecated (preferred lifetime 0), so that the host does not choose it as the source
-        of its own connections: RFC 6724, rule 3.
+    async def add_addresses(self, index: int, addresses: Iterable[Address]) -> None:
+        """Adds each alone (/32, /128), usable at once, and never the source of this host's own connections. Nothing
+        where this interface has it. XdplbError where one is refused: the others are there then.
         """
-        if address in (await self.addresses() if present is None else present):
-            return False
-        options = {"flags": IFA_F_NODAD, "preferred_lft": 0} if address.version == 6 else {}
-        try:
-            await self._netlink.addr(
-                "add", index=index, address=str(address), prefixlen=address.max_prefixlen, **options
-            )
-        except NetlinkError as error:
-            if error.code == errno.EEXIST:
-                return False
-            raise _failed(f"cannot add the address {address}", error) from error
-        return True
+        for address, code in (await asyncio.to_thread(bulk.add_addresses, index, tuple(addresses))).items():
+            if code != errno.EEXIST:
+                raise _refused(f"cannot add the address {address}", code)
 
-    async def remove_address(self, index: int, address: Address) -> bool:
-        """Idempotent: False where the address, or the interface, is not there."""
-        try:
-            await self._netlink.addr("delete", index=index, address=str(address), prefixlen=address.max_prefixlen)
-        except NetlinkError as error:
-            if error.code in (errno.EADDRNOTAVAIL, errno.ENODEV):
-                return False
-            raise _failed(f"cannot remove the address {address}", error) from error
-        return True
+    async def remove_addresses(self, index: int, addresses: Iterable[Address]) -> None:
+        """Idempotent: nothing where an address, or the interface, is not there. XdplbError as above."""
+        for address, code in (await asyncio.to_thread(bulk.remove_addresses, index, tuple(addresses))).items():
+            if code not in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                raise _refused(f"cannot remove the address {address}", code)
 
     async def route(self, address: Address) -> Route | None:
         """The way a packet from this host to `address` would take; None where there is none."""

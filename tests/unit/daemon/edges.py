@@ -246,15 +246,15 @@ class Kernel:
     async def addresses(self) -> set[Address]:
         return set(self.present)
 
-    async def add_address(self, index: int, address: Address, present: Collection[Address] | None = None) -> bool:
-        self._do(f"add {address}")
-        self.present.add(address)
-        return True
+    async def add_addresses(self, index: int, addresses: Iterable[Address]) -> None:
+        for address in addresses:
+            self._do(f"add {address}")
+            self.present.add(address)
 
-    async def remove_address(self, index: int, address: Address) -> bool:
-        self._do(f"remove {address}")
-        self.present.discard(address)
-        return True
+    async def remove_addresses(self, index: int, addresses: Iterable[Address]) -> None:
+        for address in addresses:
+            self._do(f"remove {address}")
+            self.present.discard(address)
 
     def _do(self, what: str) -> None:
         if what in self.refuses:
