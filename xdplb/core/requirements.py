@@ -6,7 +6,7 @@ from xdplb import abi
 from xdplb.abi import Features, FlowTimes, Geometry
 from xdplb.core import flow_cache, maglev, wrr
 from xdplb.core.address_table import address_buckets_for, intervals_for
-from xdplb.model import Config, Forward, Service
+from xdplb.model import Address, Config, Forward, Service
 
 NO_TIMES = FlowTimes()
 _MIN_BACKENDS = 1024
@@ -61,10 +61,10 @@ def geometry(config: Config) -> Geometry:
     """Maps that hold the configuration twice over: while one replaces another, they hold both."""
     backends = sum(len(service.backends) for service in config.services)
     slots = sum(map(_slots, config.services))
-    addresses = {service.listen.address for service in config.services}
-    addresses |= {b.address for s in config.services if s.forward is Forward.NAT for b in s.backends}
+    addresses = {_number(service.listen.address) for service in config.services}
+    addresses |= {_number(b.address) for s in config.services if s.forward is Forward.NAT for b in s.backends}
     sources4, sources6 = config.sources(4), config.sources(6)
-    addresses |= {*sources4, *sources6}
+    addresses |= {_number(address) for address in (*sources4, *sources6)}
     return Geometry(
         services=2 * abi.MAX_SERVICES,
         backends=max(_power_of_two(2 * backends), _MIN_BACKENDS),
@@ -75,6 +75,11 @@ def geometry(config: Config) -> Geometry:
         sources4=len(sources4),
         sources6=len(sources6),
     )
+
+
+def _number(address: Address) -> int:
+    """One for each: a set of tens of thousands of numbers is made ten times as fast as one of addresses."""
+    return int(address) if address.version == 6 else ~int(address)
 
 
 def fits(config: Config, current: Geometry) -> bool:

@@ -139,7 +139,7 @@ async def _put_together(options: DaemonOptions, links: Links) -> Daemon:
         owner,
         Generations(instance, secret.hash_key(options.config), tx_by_redirect),
         notes,
-        lambda: notes.save(instance.manifest),
+        partial(notes.save, instance.manifest, {}),
         (options.mode, options.replace),
         alarms,
     )

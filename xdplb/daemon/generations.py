@@ -107,7 +107,7 @@ class Generations:
     async def next(self, engine: Engine, config: Config) -> Engine:
         """An engine whose programs and maps suit `config`: the same one where they do already."""
         features = self.features(config)
-        if not requirements.fits(config, engine.plane.geometry):
+        if not await asyncio.to_thread(requirements.fits, config, engine.plane.geometry):
             return await self._larger(engine, config)
         if features == engine.plane.features:
             return engine
@@ -122,7 +122,7 @@ class Generations:
         """
         roomy = engine
         try:
-            if not requirements.fits(config, engine.plane.geometry):
+            if not await asyncio.to_thread(requirements.fits, config, engine.plane.geometry):
                 roomy = await self._in_place_of(roomy, engine, config)
             for _ in range(_GROWTHS):
                 try:

@@ -18,6 +18,8 @@ from xdplb.paths import replace_file
 
 VERSION = 1
 ITEMS_AT_ONCE = 100
+Encoded = dict[tuple[str, int], tuple[object, str]]
+"""Pieces of JSON and what they are of, by field and number: from one saving to the next, most of them stay."""
 
 
 @dataclass(slots=True)
@@ -63,18 +65,20 @@ class Manifest:
     flow_times: dict[str, int] = field(default_factory=dict)
     version: int = VERSION
 
-    def save(self, path: Path) -> None:
-        """XdplbError where it cannot be written; what the file held is still there then."""
-        replace_file(path, self._text())
+    def save(self, path: Path, known: Encoded | None = None) -> None:
+        """XdplbError where it cannot be written; what the file held is still there then. `known` is what was saved
+        last.
+        """
+        replace_file(path, self._text({} if known is None else known))
 
-    def _text(self) -> str:
+    def _text(self, known: Encoded) -> str:
         """JSON, encoded piece by piece: the encoder lets no other thread run before it is done."""
         pieces = []
         for name in self.__slots__:
             value = getattr(self, name)
             if name == "services":
                 value = {service: record.as_dict for service, record in value.items()}
-            text = _in_pieces(value) if isinstance(value, dict) else json.dumps(value)
+            text = _in_pieces(name, value, known) if isinstance(value, dict) else json.dumps(value)
             pieces.append(f"{json.dumps(name)}: {text}")
         return f"{{{', '.join(pieces)}}}"
 
@@ -95,11 +99,15 @@ class Manifest:
             return None
 
 
-def _in_pieces(values: dict[str, Any]) -> str:
-    items = iter(values.items())
-    pieces = []
-    while some := dict(islice(items, ITEMS_AT_ONCE)):
-        pieces.append(json.dumps(some)[1:-1])
+def _in_pieces(name: str, values: dict[str, Any], known: Encoded) -> str:
+    items, pieces = iter(values.items()), list[str]()
+    while some := list(islice(items, ITEMS_AT_ONCE)):
+        piece = name, len(pieces)
+        before, text = known.get(piece, (None, ""))
+        if before != some:
+            text = json.dumps(dict(some))[1:-1]
+            known[piece] = some, text
+        pieces.append(text)
     return f"{{{', '.join(pieces)}}}"
 
 

@@ -56,6 +56,22 @@ def test_saving_replaces_what_was_there(path: Path) -> None:
     assert load(path) == Manifest(["eth0"], "", {}, {})
 
 
+def test_what_stays_is_not_encoded_again_and_what_changed_is(path: Path) -> None:
+    known: manifest.Encoded = {}
+    many = replace(
+        FULL, services={}, health={f"web/b{n}": ["up", "L4OK", float(n), "10.0.0.1 80"] for n in range(1000)}
+    )
+    many.save(path, known)
+    before = dict(known)
+    many.health = many.health | {"web/b777": ["down", "L4CON", 5.0, "10.0.0.1 80"]}
+    many.save(path, known)
+    assert [piece for piece in known if known[piece] is not before[piece]] == [("health", 7)]
+    assert load(path) == many
+    many.health = {}
+    many.save(path, known)
+    assert load(path) == many
+
+
 def test_the_geometry_comes_back_as_a_value(path: Path) -> None:
     FULL.save(path)
     loaded = load(path)
