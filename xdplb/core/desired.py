@@ -64,7 +64,7 @@ def desire(service: Service, statuses: Mapping[str, BackendStatus], shared: froz
 
 
 def way_to(service: Service, status: BackendStatus) -> NextHop | None:
-    """The next hop, with the MTU of the way. A report counts only where it says less than the interface and the route do."""
+    """The next hop, with the MTU of the way: a report counts if it says less than the interface and the route do."""
     hop, reported = status.next_hop, status.path_mtu
     if hop is None or reported is None or not service.forward.encapsulates:
         return hop

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -52,9 +52,6 @@ class _Candidate:
     target: Target
     health: Health
     agent: AgentState = field(default_factory=AgentState)
-
-
-_Awaited = tuple[Target, Callable[[], Health | None]]
 
 
 def _keys(service: Service | None) -> list[BackendKey]:
@@ -254,7 +251,11 @@ class BackendMonitor:
             self._watch([replace(target, key=_as_candidate(key)) for key, target in ahead.items()], among)
             await asyncio.sleep(0)
         self._watch_by_vip()
-        await self._until_known({key: (c.target, partial(getattr, c, "health")) for key, c in self._candidates.items()})
+        await self._until_known(list(self._candidates), self._ahead)
+
+    def _ahead(self, key: BackendKey) -> tuple[Target, Health] | None:
+        candidate = self._candidates.get(key)
+        return (candidate.target, candidate.health) if candidate else None
 
     def look_back(self) -> None:
         """After a look ahead that led nowhere."""
@@ -268,26 +269,29 @@ class BackendMonitor:
 
     async def first_verdicts(self) -> None:
         """Until each backend's health and next hop are known, or for so long that one must be dead."""
-        await self._until_known({key: (target, partial(self.health.get, key)) for key, target in self._targets.items()})
+        await self._until_known(list(self._targets), self._in_force)
 
-    async def _until_known(self, wanted: Mapping[BackendKey, _Awaited]) -> None:
+    def _in_force(self, key: BackendKey) -> tuple[Target, Health] | None:
+        return (self._targets[key], self.health[key]) if key in self._targets else None
+
+    async def _until_known(
+        self, keys: Sequence[BackendKey], known: Callable[[BackendKey], tuple[Target, Health] | None]
+    ) -> None:
         """Looks at each until it is known, and then no more."""
-        waiting = list(wanted)
+        waiting = list(reversed(keys))
         try:
             async with asyncio.timeout(FIRST_VERDICTS_S):
                 while waiting:
                     self._news.clear()
-                    for _ in range(LOOKED_AT_ONCE):
-                        if not waiting or self._is_open(*wanted[waiting[-1]]):
-                            break
+                    at_once = len(waiting) - LOOKED_AT_ONCE
+                    while waiting and len(waiting) > at_once and not self._is_open(known(waiting[-1])):
                         waiting.pop()
+                    if waiting and len(waiting) > at_once:
+                        await self._news.wait()
                     else:
                         await asyncio.sleep(0)
-                        continue
-                    if waiting:
-                        await self._news.wait()
         except TimeoutError:
-            late = [str(key) for key in wanted if self._is_open(*wanted[key])]
+            late = [str(key) for key in keys if self._is_open(known(key))]
             log.warning("no verdict yet on %s", ", ".join(late[:5]) + (", ..." if len(late) > 5 else ""))
 
     def _forget_candidates(self, gone: Targets) -> None:
@@ -336,9 +340,11 @@ class BackendMonitor:
         for via in self._vias.get(address, ()):
             self._probing.put(via.source_port, next_hop_of(self._watcher.records.get(address)))
 
-    def _is_open(self, target: Target, health_now: Callable[[], Health | None]) -> bool:
-        known = health_now()
-        if known is None or not self._probing.leads(target.via):
+    def _is_open(self, wanted: tuple[Target, Health] | None) -> bool:
+        if wanted is None:
+            return False
+        target, known = wanted
+        if not self._probing.leads(target.via):
             return False
         record = self._watcher.records.get(target.address)
         if known.state is HealthState.UNKNOWN:

@@ -86,6 +86,8 @@ class Engine:
         self._planner = Planner(applied, _tunnels(config))
         self._done: dict[str, tuple[Service, tuple[BackendStatus, ...]]] = {}
         """What each service was by which its part of the maps was made."""
+        self.unused = False
+        """Whether these maps are new, and have counted nothing."""
         self.adopt_config(config)
 
     def adopt_config(self, config: Config) -> None:
@@ -117,6 +119,8 @@ class Engine:
         except BaseException:
             self._planner, self._done = Planner(self.applied, self._planner.tunnels), {}
             raise
+        finally:
+            self.unused = False
         self._done = {name: self._now(service) for name, service in self.services.items()}
 
     def _plan(self) -> Iterator[Operation]:
@@ -201,4 +205,6 @@ class Engine:
         return self.plane.read_counter("backend_counters", id_)
 
     def _reset(self, map_name: str, id_: int) -> None:
+        if self.unused:
+            return
         self.plane.set_counters(map_name, id_, np.zeros(len(self.plane.counter_fields(map_name)), np.uint64))

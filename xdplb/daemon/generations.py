@@ -67,7 +67,9 @@ class Generations:
         if left is None or notes is None:
             plane = await self._open_new(self.features(config), geometry)
             nothing = Applied(plane.geometry), Retired()
-            return await asyncio.to_thread(Engine, plane, self._key, config, statuses, *nothing)
+            engine = await asyncio.to_thread(Engine, plane, self._key, config, statuses, *nothing)
+            engine.unused = True
+            return engine
         geometry = left.room_in(geometry)
         pins = self.pins(geometry)
         remove_pins(pins)
