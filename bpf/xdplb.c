@@ -183,10 +183,19 @@ int xdplb_full(struct xdp_md *ctx)
 	return process(ctx, true);
 }
 
-/* An ICMP error and what it quotes; false for echo and the like, which are the kernel's. */
+/* An ICMP error and what it quotes; PARSE_OTHER for echo and the like, which are the kernel's. */
+static __always_inline enum parsed parse_icmp(struct packet *p, struct xdp_md *ctx, struct quoted *quoted)
+{
+	enum parsed parsed = parse_network(p, ctx, true);
+
+	if (parsed != PARSED)
+		return parsed;
+	return is_icmp(p) && is_icmp_error(p) && parse_quoted(p, quoted) ? PARSED : PARSE_OTHER;
+}
+
 static __always_inline bool parse_icmp_error(struct packet *p, struct xdp_md *ctx, struct quoted *quoted)
 {
-	return parse_network(p, ctx, true) == PARSED && is_icmp(p) && is_icmp_error(p) && parse_quoted(p, quoted);
+	return parse_icmp(p, ctx, quoted) == PARSED;
 }
 
 /* The service that sent the quoted packet, or the source address of full NAT; 0 where it was neither. */
@@ -206,8 +215,14 @@ int xdplb_icmp(struct xdp_md *ctx)
 	struct service *service;
 	__u32 target;
 
-	if (!parse_icmp_error(p, ctx, &quoted))
+	switch (parse_icmp(p, ctx, &quoted)) {
+	case PARSED:
+		break;
+	case PARSE_MALFORMED:
+		return drop(0, REASON(malformed)); /* the first program did not look into IPv4 options */
+	default:
 		return pass_icmp(ctx);
+	}
 	target = find_quoted(p, &quoted);
 	if (is_source(target))
 		return continue_at(ctx, STAGE_FULL_NAT_ICMP_REPLY);

@@ -23,11 +23,13 @@ from packets import (
     fragments,
     frame,
     icmp,
+    network,
     quotation,
     raw,
     tcp,
     udp,
 )
+from scapy.layers.inet import ICMP
 from world import DOWN, MODES, NAT, World
 
 LINK = 14
@@ -111,6 +113,24 @@ def transport() -> Iterator[Case]:
             yield malformed(f"a UDP length of 7 with {name} over IPv{version}", bytes(tagged))
 
 
+def icmp_with_options() -> Iterator[Case]:
+    """The first program leaves everything but plain headers to another one, for ICMP as well."""
+    error = icmp(
+        Flow(ROUTER[4], NAT[4].vip), ERRORS[4]["time exceeded"], quotation(tcp("A"), NAT[4].flow("tcp").back(), 8)
+    )
+    good = frame(error)
+    for first in (0x40, 0x44, 0x05, 0x65, 0xF6):
+        yield malformed(f"an ICMP error that begins with {first:#x}", patched(good, (0, bytes([first]))))
+    for length in (0, 20, 23, 57, 65535):
+        yield malformed(
+            f"an ICMP error with an option and a total length of {length}",
+            patched(good, (0, b"\x46"), (2, word(length))),
+        )
+    ping = frame(network(Flow(CLIENT[4], NAT[4].vip)) / ICMP(id=3) / bytes(8))
+    yield malformed("a ping with a header length of 16 bytes", patched(ping, (0, b"\x44")))
+    yield malformed("a ping under version 6", patched(ping, (0, b"\x65")))
+
+
 def nobodys() -> Iterator[Case]:
     """Not for a service: the kernel's, however broken."""
     for version, other in ((4, "203.0.113.200"), (6, "2001:db8:a::200")):
@@ -123,7 +143,7 @@ def nobodys() -> Iterator[Case]:
         yield Case(f"a bad TCP header from an IPv{version} backend passes", broken, Verdict.PASS, faulty=True)
 
 
-@pytest.mark.parametrize("case", [*ipv4(), *ipv6(), *transport(), *nobodys()], ids=str)
+@pytest.mark.parametrize("case", [*ipv4(), *ipv6(), *transport(), *icmp_with_options(), *nobodys()], ids=str)
 def test_malformed(world: World, case: Case) -> None:
     world.check(case)
 
