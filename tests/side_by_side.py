@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-_KINDS = ("netns", "bpf", "unit")
+_KINDS = ("fuzz", "netns", "bpf", "unit")
 """In this order, so that what takes longest begins first and short files fill the gaps."""
 
 

@@ -1,0 +1,520 @@
+"""What should become of each packet: written from docs/ and the RFCs, one function for each rule.
+
+`Model.judge` is the table of contents. A rule that changes in bpf/ changes here, in one place.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reference import Hash
+
+from fuzz import rewriting
+from fuzz.flows import CLOSING, OPENING, OPENING_LASTS, Flows, Memory, is_new, state_of
+from fuzz.gateway import Front, Gateway, Route, Server
+from fuzz.wire import (
+    DESTINATION,
+    FIN,
+    FIRST,
+    HOP_BY_HOP,
+    LATER,
+    ROUTING,
+    RST,
+    TCP,
+    UDP,
+    Packet,
+    Quoted,
+    number,
+    read,
+    read_error,
+    read_transport,
+)
+
+ABORTED, DROP, PASS, TX, REDIRECT = range(5)
+VERDICTS = ("aborted", "drop", "pass", "tx", "redirect")
+FIRST_SOURCE_PORT = 1024
+TO_KERNEL = 0
+"""In place of a server: fragments of what is no service's."""
+
+
+@dataclass(slots=True)
+class Expected:
+    """`frame`: as it leaves, or as the kernel gets it."""
+
+    verdict: int
+    frame: bytes
+
+
+@dataclass(slots=True)
+class Mapping:
+    """Full NAT: the client's flow behind a source address and port."""
+
+    front: int
+    client: bytes
+    ports: tuple[int, int]
+    memory: Memory
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the packet path did with the frame, for where a rule leaves it a choice."""
+
+    verdict: int
+    frame: bytes
+
+
+FlowKey = tuple[bytes, int, bytes, int, int]
+"""A client's flow to a NAT backend: client, its port, backend, its port, protocol."""
+
+
+class Model:
+    def __init__(
+        self, gateway: Gateway, hasher: Hash, counted_more: Callable[[Front], Server | None] = lambda front: None
+    ) -> None:
+        """`counted_more`: which of a service's backends has a flow more than is known here."""
+        self.gateway = gateway
+        self.counted_more = counted_more
+        self.counters: Counter[str] = Counter()
+        self.flows = Flows(gateway, hasher, self.counters)
+        self.fragments: dict[tuple[bytes, bytes, bytes, int], tuple[int, bool]] = {}
+        self.nat_flows: dict[FlowKey, int] = {}
+        self.direct_seen: set[int] = set()
+        self.mappings: dict[tuple[bytes, int], Mapping] = {}
+        self.mapped: dict[tuple[int, bytes, tuple[int, int]], tuple[bytes, int]] = {}
+        self.hidden: set[tuple[bytes, int]] = set()
+        self.packet: Packet | None = None
+        self.rule = ""
+        """Which rule had the last word about a packet: a part of what tells paths apart."""
+
+    def forget(self) -> None:
+        """All that packets taught."""
+        self.flows.known.clear()
+        for memory in (self.fragments, self.nat_flows, self.direct_seen, self.mappings, self.mapped, self.hidden):
+            memory.clear()
+        self.counters.clear()
+
+    def judge(self, frame: bytes, arrives: int, seen: Seen) -> Expected:
+        self.arrives, self.seen = arrives, seen
+        expected = self._judge(frame)
+        self.counters[f"verdict.{VERDICTS[expected.verdict]}"] += 1
+        return expected
+
+    def _judge(self, frame: bytes) -> Expected:
+        p = self.packet = read(frame)
+        if p is None:
+            return self._kernel(frame, "no IP")
+        if frame[0] & 1:
+            return self._kernel(frame, "to many hosts")
+        if self.gateway.is_own(p.destination):
+            return self._to_own_address(p)
+        if p.broken or not self.gateway.answering:
+            return self._kernel(frame, "no service")
+        if p.is_icmp and not self._is_hidden_error(p):
+            return self._error_to_client(p)
+        return self._from_or_to_backend(p)
+
+    # How packets end.
+
+    def _kernel(self, frame: bytes, rule: str) -> Expected:
+        self.rule = rule
+        return Expected(PASS, frame)
+
+    def _drop(self, p: Packet, service: int, reason: str) -> Expected:
+        self.rule = reason
+        self.counters[f"drop.{service}.{reason}"] += 1
+        return Expected(DROP, p.frame)
+
+    def _send(self, frame: bytes, ifindex: int, rule: str) -> Expected:
+        self.rule = rule
+        return Expected(TX if ifindex == self.arrives else REDIRECT, frame)
+
+    def _answer(self, p: Packet, service: int, reason: str, frame: bytes) -> Expected:
+        self.rule = reason
+        self.counters[f"drop.{service}.{reason}"] += 1
+        return Expected(TX, frame)
+
+    # To an address on which services listen, or from which full NAT sends.
+
+    def _to_own_address(self, p: Packet) -> Expected:
+        if p.broken:
+            return self._broken(p)
+        if p.is_icmp:
+            return self._error_to_own_address(p)
+        if p.fragment == LATER:
+            return self._later_fragment(p)
+        if p.protocol not in (TCP, UDP):
+            return self._no_port(p)
+        if not read_transport(p):
+            return self._drop(p, 0, "malformed")
+        if p.destination in self.gateway.pool:
+            return self._to_source(p) if p.ports[1] >= FIRST_SOURCE_PORT else self._no_port(p)
+        front = self.gateway.front(p.destination, p.protocol, p.ports[1])
+        return self._to_service(p, front) if front else self._no_port(p)
+
+    def _broken(self, p: Packet) -> Expected:
+        """Headers or lengths that contradict the frame."""
+        return self._drop(p, 0, "malformed")
+
+    def _no_port(self, p: Packet) -> Expected:
+        """Of a service's address, but of none of its services."""
+        self._teach(p, TO_KERNEL, False)
+        return self._kernel(p.frame, "another port")
+
+    def _to_service(self, p: Packet, front: Front) -> Expected:
+        if self._is_martian(p):
+            return self._drop(p, front.id, "martian_source")
+        server = self.flows.decide(front, p, self._seen_server(front))
+        if server is None:
+            return self._reject(p, front)
+        if front.forward == "full-nat":
+            return self._full_nat(p, front, server)
+        self._teach(p, server.id, False)
+        if front.forward == "nat":
+            self._remember_service(p, server)
+        return self._forward(p, front, server)
+
+    def _seen_server(self, front: Front) -> Server | None:
+        """To which backend the packet went, by the MAC address of its frame. If it did not go, the choice shows only in
+        how many flows the backends have.
+        """
+        if not front.counts:
+            return None
+        if self.seen.verdict in (TX, REDIRECT):
+            mac = self.seen.frame[:6]
+            found = next((server for server in front.servers.values() if server.mac == mac), None)
+            if found:
+                return found
+        return self.counted_more(front)
+
+    def _is_martian(self, p: Packet) -> bool:
+        """RFC 1812 5.3.7, RFC 4291 2.5.6; and this host's own addresses."""
+        source = p.source
+        if p.version == 4:
+            if source[0] in (0, 127) or 224 <= source[0] < 240 or source == b"\xff" * 4:
+                return True
+        elif source[0] == 0xFF or b"\xfe\x80" <= source[:2] < b"\xfe\xc0" or int.from_bytes(source) < 2:
+            return True
+        return self.gateway.is_own(source)
+
+    def _forward(self, p: Packet, front: Front, server: Server) -> Expected:
+        refused = self._admit(p, server, rewriting.outer_length(front, server))
+        if refused:
+            return refused
+        frame = rewriting.hop(p, p.frame)
+        if front.forward == "nat":
+            frame = rewriting.translate(p, frame, None, (server.address, server.port or 0))
+        return self._deliver(p, frame, front, server, self.flows.hash(front, p.source, p.ports))
+
+    def _admit(self, p: Packet, server: Server, around: int) -> Expected | None:
+        """A hop left, and room on the way: what does not fit is answered. What goes is counted."""
+        if p.hops <= 1:
+            return self._kernel(p.frame, "no hop left")
+        if p.length + around > server.mtu:
+            return self._too_big(p, server.service, server.mtu - around)
+        self.counters[f"backend.{server.id}.packets"] += 1
+        self.counters[f"backend.{server.id}.bytes"] += p.length
+        if is_new(p):
+            self.counters[f"backend.{server.id}.new_flows"] += 1
+        return None
+
+    def _deliver(self, p: Packet, frame: bytes, front: Front, server: Server, hashed: int) -> Expected:
+        if front.forward in ("ipip", "gue"):
+            own = self.gateway.tunnel_sources[4 if len(server.address) == 4 else 6]
+            frame = rewriting.wrap(p, frame, front, server, own, hashed)
+        frame = rewriting.addressed(frame, server.mac, server.own_mac)
+        return self._send(frame, server.ifindex, f"to backend by {front.forward}")
+
+    # Answers.
+
+    def _answerable(self, p: Packet) -> bool:
+        """RFC 1122 3.2.2, RFC 4443 2.4(e). Nothing here is for a frame to many hosts any more, nor from a martian."""
+        if p.is_icmp or p.fragment == LATER:
+            return False
+        return p.version == 6 or (0 < p.source[0] < 224 and p.source[0] != 127)
+
+    def _reject(self, p: Packet, front: Front) -> Expected:
+        if not front.rejects:
+            return self._drop(p, front.id, "no_backend")
+        if not self._answerable(p) or p.flags & RST:
+            return self._drop(p, front.id, "unanswerable")
+        frame = rewriting.reset(p) if p.protocol == TCP else rewriting.unreachable(p)
+        return self._answer(p, front.id, "rejected", frame)
+
+    def _too_big(self, p: Packet, service: int, mtu: int) -> Expected:
+        if not self._answerable(p):
+            return self._drop(p, service, "unanswerable")
+        return self._answer(p, service, "too_big", rewriting.too_big(p, mtu))
+
+    # Fragments.
+
+    def _fragment_key(self, p: Packet) -> tuple[bytes, bytes, bytes, int]:
+        """RFC 791, and RFC 8200 4.5, where later ones may name another protocol."""
+        return p.source, p.destination, p.ident, p.protocol if p.version == 4 else 0
+
+    def _teach(self, p: Packet, server: int, is_reply: bool) -> None:
+        if p.fragment == FIRST:
+            self.fragments[self._fragment_key(p)] = server, is_reply
+
+    def _later_fragment(self, p: Packet) -> Expected:
+        known = self.fragments.get(self._fragment_key(p))
+        if known is None:
+            if self._may_be_for_service(p):
+                return self._drop(p, 0, "fragment_unknown")
+            return self._kernel(p.frame, "fragment of no service")
+        if known[0] == TO_KERNEL:
+            return self._kernel(p.frame, "fragment of the kernel's")
+        server = self.gateway.servers[known[0]]
+        front = self.gateway.fronts[server.service]
+        return self._forward(p, front, server)
+
+    def _may_be_for_service(self, p: Packet) -> bool:
+        """Over IPv6, behind an extension header that was cut as well, it may be anything."""
+        if p.version == 6 and p.protocol in (HOP_BY_HOP, ROUTING, DESTINATION):
+            return True
+        if p.destination in self.gateway.pool:
+            return p.protocol in (TCP, UDP)
+        return any(front.protocol == p.protocol for front in self.gateway.listening[p.destination])
+
+    # The way back from NAT backends.
+
+    def _from_or_to_backend(self, p: Packet) -> Expected:
+        gateway = self.gateway
+        if p.source not in gateway.answering and p.destination not in gateway.answering:
+            return self._kernel(p.frame, "no service")
+        if p.fragment == LATER:
+            known = self.fragments.get(self._fragment_key(p))
+            if known and known[1]:
+                return self._reply(p, gateway.servers[known[0]])
+            return self._kernel(p.frame, "fragment past services")
+        if p.protocol not in (TCP, UDP) or not read_transport(p):
+            return self._kernel(p.frame, "no reply")
+        server = self._reply_from(p.source, p.ports[0], p.destination, p.ports[1], p.protocol)
+        if server:
+            self._teach(p, server.id, True)
+            return self._reply(p, server)
+        self._remember_direct(p)
+        return self._kernel(p.frame, "past services")
+
+    def _reply_from(self, backend: bytes, port: int, client: bytes, client_port: int, protocol: int) -> Server | None:
+        """Of which backend entry's flow it is. Its source says that, but where several are behind it."""
+        server = self.gateway.answers_from(backend, protocol, port)
+        if server is None or not (server.shared or server.id in self.direct_seen):
+            return server
+        known = self.nat_flows.get((client, client_port, backend, port, protocol), server.id)
+        return self.gateway.servers.get(known)
+
+    def _remember_service(self, p: Packet, server: Server) -> None:
+        """Towards a NAT backend whose replies do not say of which service they are."""
+        if server.shared or server.id in self.direct_seen:
+            self.nat_flows[p.source, p.ports[0], server.address, server.port or p.ports[1], p.protocol] = server.id
+
+    def _remember_direct(self, p: Packet) -> None:
+        """A client that talks to a NAT backend itself."""
+        server = self.gateway.answers_from(p.destination, p.protocol, p.ports[1])
+        if server:
+            self.direct_seen.add(server.id)
+            self.nat_flows[p.source, p.ports[0], p.destination, p.ports[1], p.protocol] = TO_KERNEL
+
+    def _reply(self, p: Packet, server: Server) -> Expected:
+        front = self.gateway.fronts[server.service]
+        if p.hops <= 1:
+            return self._kernel(p.frame, "no hop left")
+        route = self.gateway.route(p.destination)
+        fits = p.length <= route.mtu
+        if route.kind == "none" or (not fits and not self._may_be_cut(p)):
+            return self._kernel(p.frame, "reply for the kernel")
+        self._count_reply(p, server)
+        frame = rewriting.translate(p, p.frame, (front.address, front.port if server.port else 0))
+        return self._by_route(p, frame, route if fits else None)
+
+    def _may_be_cut(self, p: Packet) -> bool:
+        return p.version == 4 and not p.frame[p.at + 6] & 0x40
+
+    def _count_reply(self, p: Packet, server: Server) -> None:
+        self.counters[f"backend.{server.id}.reply_packets"] += 1
+        self.counters[f"backend.{server.id}.reply_bytes"] += p.length
+
+    def _by_route(self, p: Packet, frame: bytes, route: Route | None) -> Expected:
+        """Where the kernel's routes lead; what takes more than that, the kernel gets, translated."""
+        if route is None or route.kind != "send":
+            return self._kernel(frame, "reply by the kernel")
+        frame = rewriting.hop(p, frame)
+        return self._send(rewriting.addressed(frame, route.mac, route.own_mac), route.ifindex, "reply")
+
+    # ICMP errors.
+
+    def _error_to_own_address(self, p: Packet) -> Expected:
+        """About a packet that a service sent, or that full NAT did."""
+        q = read_error(p)
+        if q is None or q.source != p.destination:
+            return self._kernel(p.frame, "ICMP")
+        if p.destination in self.gateway.pool:
+            if q.ports[0] < FIRST_SOURCE_PORT:
+                return self._kernel(p.frame, "ICMP")
+            return self._full_nat_error_to_client(p, q)
+        front = self.gateway.front(p.destination, q.protocol, q.ports[0])
+        if front is None:
+            return self._kernel(p.frame, "ICMP")
+        if self._is_martian(p):
+            return self._drop(p, front.id, "martian_source")
+        if front.forward == "full-nat":
+            return self._full_nat_error_to_backend(p, q, front)
+        ports = q.ports[1], q.ports[0]
+        server = self.flows.find(front, q.destination, ports)
+        if server is None:
+            return self._drop(p, front.id, "no_backend")
+        refused = self._admit(p, server, rewriting.outer_length(front, server))
+        if refused:
+            return refused
+        frame = p.frame
+        if front.forward == "nat":
+            quoted = server.address, server.port or 0
+            frame = rewriting.translate_error(p, q, destination=server.address, quoted_source=quoted)
+        frame = rewriting.hop(p, frame)
+        return self._deliver(p, frame, front, server, self.flows.hash(front, q.destination, ports))
+
+    def _is_hidden_error(self, p: Packet) -> bool:
+        """Behind extension headers ICMPv6 is looked for only where a NAT backend takes part (docs/limits.md)."""
+        behind_extensions = p.version == 6 and p.start != p.at + 40
+        return behind_extensions and not {p.source, p.destination} & self.gateway.answering.keys()
+
+    def _error_to_client(self, p: Packet) -> Expected:
+        """About a packet of a client's to a NAT backend."""
+        q = read_error(p)
+        if q is None or q.source != p.destination or q.destination not in self.gateway.answering:
+            return self._kernel(p.frame, "ICMP")
+        server = self._reply_from(q.destination, q.ports[1], q.source, q.ports[0], q.protocol)
+        if server is None or p.hops <= 1:
+            return self._kernel(p.frame, "ICMP")
+        front = self.gateway.fronts[server.service]
+        source = front.address if p.source == q.destination else None
+        route = self.gateway.route(p.destination, source or p.source)
+        fits = p.length <= route.mtu
+        if route.kind == "none" or (not fits and not self._may_be_cut(p)):
+            return self._kernel(p.frame, "error for the kernel")
+        self._count_reply(p, server)
+        quoted = front.address, front.port if server.port else 0
+        frame = rewriting.translate_error(p, q, source=source, quoted_destination=quoted)
+        return self._by_route(p, frame, route if fits else None)
+
+    # Full NAT.
+
+    def _full_nat(self, p: Packet, front: Front, server: Server) -> Expected:
+        place, server = self._mapping(p, front, server)
+        refused = self._admit(p, server, 0)
+        if refused:
+            return refused
+        frame = rewriting.translate(p, rewriting.hop(p, p.frame), place, (server.address, server.port or 0))
+        return self._deliver(p, frame, front, server, 0)
+
+    def _mapping(self, p: Packet, front: Front, server: Server) -> tuple[tuple[bytes, int], Server]:
+        """The source address and port of the flow, and its backend: the one that it has, unless a connection begins."""
+        key = front.id, p.source, p.ports
+        place = self.mapped.get(key)
+        tick = self.flows.tick
+        if place is None:
+            place = self.mapped[key] = self._new_place(p)
+            self.mappings[place] = Mapping(front.id, p.source, p.ports, Memory(server.id, tick, state_of(p)))
+            return place, server
+        place = self._reveal(key, place, self._new_place(p) if place in self.hidden else place)
+        memory = self.mappings[place].memory
+        known = self.gateway.servers[memory.server]
+        if (not p.opens or self._is_open(memory)) and known.serves:
+            server = known
+            if p.opens:
+                return place, server
+        state = OPENING if p.opens else state_of(p) | memory.state
+        self.mappings[place].memory = Memory(server.id, tick, state)
+        return place, server
+
+    def _reveal(
+        self, key: tuple[int, bytes, tuple[int, int]], place: tuple[bytes, int], shown: tuple[bytes, int]
+    ) -> tuple[bytes, int]:
+        """A place that did not show before may do so now."""
+        if shown != place:
+            self.mappings[shown] = self.mappings.pop(place)
+            self.mapped[key] = shown
+        return shown
+
+    def _is_open(self, memory: Memory) -> bool:
+        if memory.state == OPENING:
+            return self.flows.tick - memory.tick <= OPENING_LASTS
+        return self.flows.in_use(memory, False)
+
+    def _new_place(self, p: Packet) -> tuple[bytes, int]:
+        """Any that is free is right: taken from what was sent. If nothing was, a later packet shows it."""
+        if self.seen.verdict in (TX, REDIRECT):
+            sent = read(self.seen.frame)
+            if sent and not sent.broken and sent.source in self.gateway.pool and len(sent.source) == len(p.source):
+                place = sent.source, number(sent.frame, sent.start)
+                if place[1] >= FIRST_SOURCE_PORT and place not in self.mappings:
+                    return place
+        place = b"", len(self.hidden)
+        self.hidden.add(place)
+        return place
+
+    def _to_source(self, p: Packet) -> Expected:
+        """A reply to full NAT's source address; what has no mapping is the host's own."""
+        mapping = self.mappings.get((p.destination, p.ports[1]))
+        server = self._mapped_server(mapping, p.source, p.ports[0], p.protocol) if mapping else None
+        if mapping is None or server is None or p.hops <= 1:
+            return self._no_port(p)
+        mapping.memory.see(self.flows.tick, CLOSING if p.flags & (FIN | RST) else 0)
+        front = self.gateway.fronts[mapping.front]
+        route = self.gateway.route(mapping.client)
+        fits = p.length <= route.mtu
+        if route.kind == "none":
+            return self._kernel(p.frame, "reply for the kernel")
+        if not fits and not self._may_be_cut(p):
+            return self._too_big(p, front.id, route.mtu)
+        self._count_reply(p, server)
+        source = front.address, front.port if server.port else 0
+        frame = rewriting.translate(p, p.frame, source, (mapping.client, mapping.ports[0]))
+        return self._by_route(p, frame, route if fits else None)
+
+    def _mapped_server(self, mapping: Mapping, address: bytes, port: int, protocol: int) -> Server | None:
+        server = self.gateway.servers[mapping.memory.server]
+        front = self.gateway.fronts[mapping.front]
+        if (address, port, protocol) != (server.address, server.port or mapping.ports[1], front.protocol):
+            return None
+        return server
+
+    def _full_nat_error_to_backend(self, p: Packet, q: Quoted, front: Front) -> Expected:
+        key = front.id, q.destination, (q.ports[1], q.ports[0])
+        place = self.mapped.get(key)
+        if place is None:
+            return self._kernel(p.frame, "ICMP")
+        if place in self.hidden and self.seen.verdict in (TX, REDIRECT):
+            place = self._reveal(key, place, self._place_in_quotation(p, q))
+        server = self.gateway.servers[self.mappings[place].memory.server]
+        refused = self._admit(p, server, 0)
+        if refused:
+            return refused
+        frame = rewriting.translate_error(p, q, place[0], server.address, (server.address, server.port or 0), place)
+        return self._deliver(p, rewriting.hop(p, frame), front, server, 0)
+
+    def _place_in_quotation(self, p: Packet, q: Quoted) -> tuple[bytes, int]:
+        """Shown by the source of the error as it was sent, and by the port that it quotes."""
+        at = p.at + (12 if p.version == 4 else 8)
+        return self.seen.frame[at : at + len(p.source)], number(self.seen.frame, q.start + 2)
+
+    def _full_nat_error_to_client(self, p: Packet, q: Quoted) -> Expected:
+        mapping = self.mappings.get((q.source, q.ports[0]))
+        server = self._mapped_server(mapping, q.destination, q.ports[1], q.protocol) if mapping else None
+        if mapping is None or server is None or p.hops <= 1:
+            return self._kernel(p.frame, "ICMP")
+        front = self.gateway.fronts[server.service]
+        source = front.address if p.source == q.destination else None
+        route = self.gateway.route(mapping.client, source or p.source)
+        self._count_reply(p, server)
+        frame = rewriting.translate_error(
+            p,
+            q,
+            source,
+            mapping.client,
+            (mapping.client, mapping.ports[0]),
+            (front.address, front.port if server.port else 0),
+        )
+        return self._by_route(p, frame, route if p.length <= route.mtu else None)
