@@ -56,8 +56,9 @@ class Generator:
         self.arena = arena
         self.fronts = list(arena.gateway.fronts.values())
         self.aged = 0
-        self.sent: deque[tuple[str, bytes]] = deque(maxlen=40)
-        """Frames of late as they came and as they left, each with the side that it belongs to."""
+        self.came: deque[tuple[str, bytes]] = deque(maxlen=40)
+        self.left: deque[tuple[str, bytes]] = deque(maxlen=40)
+        """Frames of late as they came and were sent to a backend, and as they left, each with its side."""
         self.cut: deque[tuple[str, bytes]] = deque(maxlen=24)
         """Fragments that are still to come."""
         own = [f.address for f in self.fronts] + arena.gateway.pool + list(arena.gateway.answering)
@@ -74,29 +75,32 @@ class Generator:
             for version in (4, 6)
         }
         self.backends = list(arena.gateway.servers.values())
+        self.damage = self.random.choice((0.0, 0.1, 0.3, 0.6))
         self.focus = self.random.sample(self.fronts, min(len(self.fronts), self.random.choice((2, 6, 200))))
 
     # Steps.
 
     def step(self) -> Step:
         r = self.random.random()
-        if r < 0.004 and self.aged < _OLDEST:
+        if r < 0.005 and self.aged < _OLDEST:
             ticks = self.random.choice(_AGES)
             self.aged += ticks
             return Step("age", str(ticks).encode())
-        if r < 0.007:
+        if r < 0.015:
             return self._change()
         side, frame = self._frame()
-        if self.random.random() < 0.35:
+        if self.random.random() < self.damage:
             frame = self._damage(frame)
         return Step(side, frame[:LARGEST].ljust(14, b"\0"))
 
     def learn(self, step: Step, result: Result | None) -> None:
         """What left the gateway, for others to answer."""
-        if result and len(step.argument) > 33:
-            self.sent.append((step.what, step.argument))
-            if result.seen.verdict > 2:
-                self.sent.append(("back", result.seen.frame))
+        if result and result.seen.verdict > 2:
+            if result.rule.startswith("to backend"):
+                self.came.append((step.what, step.argument))
+            self.left.append(("back", result.seen.frame))
+        elif result and self.random.random() < 0.05:
+            self.left.append((step.what, step.argument.ljust(34, b"\0")))
 
     def _change(self) -> Step:
         front = self.random.choice(self.focus)
@@ -106,19 +110,20 @@ class Generator:
 
     def _frame(self) -> tuple[str, bytes]:
         r = self.random.random()
-        if self.cut and r < 0.35:
+        if self.cut and r < 0.25:
             place = self.random.randrange(len(self.cut))
             found = self.cut[place]
-            if r < 0.3:
+            if r < 0.22:
                 del self.cut[place]
             return found
-        if self.sent and r < 0.62:
-            side, frame = self.random.choice(self.sent)
-            if r < 0.44:
+        if self.came and r < 0.55:
+            return self._next(*self.random.choice(self.came))
+        if self.left and r < 0.8:
+            about_answer = bool(self.came) and self.random.random() < 0.4
+            side, frame = self.random.choice(self.came if about_answer else self.left)
+            if r < 0.64:
                 return self._answer(side, frame)
-            if r < 0.58:
-                return self._error(side, frame)
-            return side, frame
+            return self._error(side, frame, about_answer) if r < 0.76 else (side, frame)
         return self._to_service()
 
     # Whole packets.
@@ -212,9 +217,9 @@ class Generator:
         """In IP and Ethernet, sometimes with options, extension headers and tags, and sometimes cut into fragments."""
         random = self.random
         link = self._link(version)
-        hops = random.choice((64, 64, 64, 64, 255, 2, 1, 0))
+        hops = 64 if random.random() < 0.9 else random.choice((255, 2, 1, 0))
         tos = random.choice((0, 0, 0xB8, 0x03, random.randrange(256)))
-        if random.random() < 0.12:
+        if random.random() < 0.08:
             return self._cut(side, link, version, source, destination, protocol, body, hops, tos)
         chain, first = self._chain(protocol) if version == 6 and random.random() < 0.15 else (b"", protocol)
         options = b"\x94\x04\0\0" * random.randint(1, 10) if version == 4 and random.random() < 0.08 else b""
@@ -287,6 +292,15 @@ class Generator:
 
     # What others send about what was sent.
 
+    def _next(self, side: str, frame: bytes) -> tuple[str, bytes]:
+        """Another packet of the same flow."""
+        p = read(frame)
+        if p is None or p.broken or p.fragment or p.protocol not in (TCP, UDP) or p.size < 8:
+            return side, frame
+        ports = number(frame, p.start), number(frame, p.start + 2)
+        body = self._transport(p.source, p.destination, *ports, p.protocol)
+        return self._packet(side, p.version, p.source, p.destination, p.protocol, body)
+
     def _answer(self, side: str, frame: bytes) -> tuple[str, bytes]:
         """The other way, from whoever got it."""
         p = read(frame)
@@ -303,7 +317,7 @@ class Generator:
         body = self._transport(source, destination, *ports, protocol)
         return self._packet("back", version, source, destination, protocol, body)
 
-    def _error(self, side: str, frame: bytes) -> tuple[str, bytes]:
+    def _error(self, side: str, frame: bytes, about_answer: bool) -> tuple[str, bytes]:
         """An ICMP error about the frame, or about its answer; from the addressee or from a router."""
         random = self.random
         p = read(frame)
@@ -311,7 +325,7 @@ class Generator:
             return side, frame
         packet = frame[p.at : p.at + p.length]
         source, destination = p.destination, p.source
-        if random.random() < 0.5 and not p.broken and not p.fragment and p.protocol in (TCP, UDP) and p.size >= 8:
+        if about_answer and not p.broken and not p.fragment and p.protocol in (TCP, UDP) and p.size >= 8:
             ports = number(frame, p.start + 2), number(frame, p.start)
             answer = self._transport(p.destination, p.source, *ports, p.protocol)
             source, destination = p.source, p.destination

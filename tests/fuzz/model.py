@@ -35,6 +35,8 @@ from fuzz.wire import (
 ABORTED, DROP, PASS, TX, REDIRECT = range(5)
 VERDICTS = ("aborted", "drop", "pass", "tx", "redirect")
 FIRST_SOURCE_PORT = 1024
+UNTAGGED = 14
+"""Where the IP packet begins in a frame without tags."""
 TO_KERNEL = 0
 """In place of a server: fragments of what is no service's."""
 
@@ -376,8 +378,8 @@ class Model:
         return self._deliver(p, frame, front, server, self.flows.hash(front, q.destination, ports))
 
     def _is_hidden_error(self, p: Packet) -> bool:
-        """Behind extension headers ICMPv6 is looked for only where a NAT backend takes part (docs/limits.md)."""
-        behind_extensions = p.version == 6 and p.start != p.at + 40
+        """Behind extension headers ICMPv6 is seen only with a tag, or if a NAT backend takes part (docs/limits.md)."""
+        behind_extensions = p.version == 6 and p.start != p.at + 40 and p.at == UNTAGGED
         return behind_extensions and not {p.source, p.destination} & self.gateway.answering.keys()
 
     def _error_to_client(self, p: Packet) -> Expected:
