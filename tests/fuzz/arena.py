@@ -302,7 +302,7 @@ class Arena:
         return gateway
 
     def _routes(self, gateway: Gateway) -> None:
-        """Those of world.set_up_interfaces."""
+        """Those of world.set_up_interfaces. A network's lowest address is one like any other, since Linux 5.14."""
         front, back = self.interfaces[FRONT_SIDE], self.interfaces[BACK_SIDE]
         own = _mac(FRONT_MAC)
         for version in (4, 6):
@@ -313,9 +313,9 @@ class Arena:
             gateway.hosts[ip_address(NARROW[version]).packed] = replace(router, mtu=1280)
             gateway.hosts[ip_address(UNREACHABLE[version]).packed] = NO_ROUTE
             gateway.hosts[ip_address(OWN[version]).packed] = NO_ROUTE
-        for own_address in ("192.0.2.1", "192.0.2.255", "192.0.2.0", "2001:db8:c::1", "2001:db8:c::"):
+        for own_address in ("192.0.2.1", "192.0.2.255", "2001:db8:c::1", "2001:db8:c::"):
             gateway.hosts[ip_address(own_address).packed] = NO_ROUTE
-        for own_address in ("10.0.0.0", "10.0.255.255", "fd00:1::"):
+        for own_address in ("10.0.255.255", "fd00:1::"):
             gateway.hosts[ip_address(own_address).packed] = NO_ROUTE
         gateway.networks = [
             (ip_address("192.0.2.0").packed[:3], Route("neighbour", front)),

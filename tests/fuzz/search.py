@@ -111,8 +111,9 @@ def _kind(complaints: Sequence[str]) -> str:
     """What the first complaint is about, without its numbers."""
     if not complaints:
         return ""
-    words = complaints[0].split("\n")[0].split(": ", 1)[-1] if complaints[0].startswith("step") else complaints[0]
-    return "".join(c for c in words if not c.isdigit())[:60]
+    first = complaints[0].split("\n")[0]
+    words = first.split(": ", 1)[1] if first.startswith("step") else first
+    return "".join(c for c in words if not c.isdigit())
 
 
 def search(
