@@ -46,20 +46,37 @@ def window_s(engine: Engine, service: str) -> float:
 
 
 def settle(engine: Engine) -> int:
-    """Takes slots out of transition that need it no longer. Returns how many are still in it."""
-    plane = engine.plane
-    tick, remembered, live, services = _look(engine)
-    first, mask = plane.services.entries["slots"][services], plane.services.entries["slot_mask"][services]
-    slots = first + (remembered.fingerprint & mask)
-    elsewhere = (plane.slots[slots] & np.uint32(SLOT_BACKEND)) != remembered.backend
-    settled = flow_cache.settle(plane.slots, plane.transitions, slots[live & elsewhere & (services != 0)], tick)
+    """Takes slots out of transition that need it no longer. Returns how many are still in it.
+
+    A large gateway has millions of slots, and of most of them nothing is to be done: only of those whose time is over
+    it matters which flows are remembered.
+    """
+    plane, tick = engine.plane, engine.clock.tick
+    in_transition, may_settle = 0, [np.empty(0, np.int64)]
     for service in engine.applied.services.values():
-        if not service.settles:
-            settled[service.first :][: len(service.table)] = False
+        words = plane.slots[service.first :][: len(service.table)]
+        slots = service.first + np.flatnonzero(words & np.uint32(SLOT_IN_TRANSITION))
+        in_transition += len(slots)
+        if service.settles and len(slots):
+            may_settle.append(slots[plane.transitions["deadline"][slots] <= tick])
+    over = np.concatenate(may_settle)
+    if not len(over):
+        return in_transition
+    held = np.flatnonzero(np.isin(over, _held(engine))).astype(np.uint32)
+    settled = over[flow_cache.settle(plane.slots[over], plane.transitions[over], held, tick)]
     plane.slots[settled] &= np.uint32(SLOT_BACKEND)
-    in_transition = plane.slots & np.uint32(SLOT_IN_TRANSITION) != 0
-    tables = ((service.first, len(service.table)) for service in engine.applied.services.values())
-    return sum(int(np.count_nonzero(in_transition[first:][:size])) for first, size in tables)
+    return in_transition - len(settled)
+
+
+def _held(engine: Engine) -> NDArray[np.uint32]:
+    """Slots of which live flows of another backend than the present one are remembered."""
+    plane = engine.plane
+    _, remembered, live, services = _look(engine)
+    first, mask = plane.services.entries["slots"][services], plane.services.entries["slot_mask"][services]
+    slots: NDArray[np.uint32] = first + (remembered.fingerprint & mask)
+    elsewhere = (plane.slots[slots] & np.uint32(SLOT_BACKEND)) != remembered.backend
+    held: NDArray[np.uint32] = slots[live & elsewhere & (services != 0)]
+    return held
 
 
 def sweep(engine: Engine) -> None:
