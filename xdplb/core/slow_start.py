@@ -64,11 +64,11 @@ class SlowStart:
         """`after` with what the backend has of its weight at the time `now`, in seconds."""
         if not takes_new_flows(after):
             self._since.pop(key, None)
-            return replace(after, ramp=FULL_RAMP)
+            return _with_ramp(after, FULL_RAMP)
         if not takes_new_flows(before) and (before.health is not HealthState.UNKNOWN or key in self._joining):
             self._since[key] = now
         self._joining.discard(key)
-        return replace(after, ramp=self._ramp(key, now))
+        return _with_ramp(after, self._ramp(key, now))
 
     def _ramp(self, key: BackendKey, now: float) -> int:
         if key not in self._since:
@@ -77,6 +77,11 @@ class SlowStart:
         if has == FULL_RAMP:
             del self._since[key]
         return has
+
+
+def _with_ramp(status: BackendStatus, ramp: int) -> BackendStatus:
+    """The very same where it has that already: this is asked of each backend at each change."""
+    return status if status.ramp == ramp else replace(status, ramp=ramp)
 
 
 def _members(before: Service | None, now: Service) -> Collection[str] | None:

@@ -369,8 +369,11 @@ class NextHopWatcher:
         for part in _slices(tuple(key for key in keys if key in self._users and self._needs_care(key))):
             for key in part:
                 # noted first: the kernel tells of a new entry only once it has been resolved, and not of a mark alone
-                known = self._neighbours.get(key, Neighbour(key, Nud.INCOMPLETE, None))
-                self._neighbours[key] = replace(known, ours=True)
+                known = self._neighbours.get(key)
+                if known is None:
+                    self._neighbours[key] = Neighbour(key, Nud.INCOMPLETE, None, ours=True)
+                elif not known.ours:
+                    self._neighbours[key] = replace(known, ours=True)
             try:
                 await self._kernel.keep_resolved(part)
             except XdplbError as error:
