@@ -157,7 +157,7 @@ class History:
         wanted = Counter(known.home for known in self.known.values() if known.counts)
         assert self.lab.active() == {name: wanted[name] for name in self.names}
         for name in self.names:
-            assert flow_upkeep.active(self.lab.engine, BackendKey("web", name)) == wanted[name]
+            assert flow_upkeep.open_flows(self.lab.engine, BackendKey("web", name)) == wanted[name]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -262,10 +262,11 @@ def test_half_open_flows_count_for_a_minute(choosing: Lab) -> None:
 def test_where_not_all_flows_are_remembered_nobody_claims_to_know_their_number(choosing: Lab) -> None:
     key = BackendKey("web", "a")
     choosing.start(service())
-    assert flow_upkeep.active(choosing.engine, key) is None
+    assert not choosing.engine.services["web"].remembers_all
     reload(choosing, flows=FlowMemory.ALL)
     choosing.sent_to(choosing.flows(30), SYN)
-    assert flow_upkeep.active(choosing.engine, key) == choosing.active()["a"] > 0
+    assert choosing.engine.services["web"].remembers_all
+    assert flow_upkeep.open_flows(choosing.engine, key) == choosing.active()["a"] > 0
 
 
 def test_a_new_backend_under_the_id_of_a_removed_one_has_nothing_to_do(choosing: Lab) -> None:
