@@ -11,7 +11,6 @@
 
 #include "branchless.h"
 #include "frame.h"
-#include "links.h"
 #include "maps.h"
 
 enum parsed {
@@ -254,8 +253,8 @@ static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md
 	p->end = frame_end(ctx);
 	if ((void *)(eth + 1) > p->end)
 		return PARSE_OTHER;
-	if (!full && (eth->macs[0] & 1 || is_for_another_host(ctx, eth)))
-		return PARSE_OTHER; /* to many hosts, none of which may forward it (RFC 1812 5.3.4), or to another one */
+	if (!full && eth->macs[0] & 1)
+		return PARSE_OTHER; /* to many hosts, none of which may forward it (RFC 1812 5.3.4) */
 	p->network = eth + 1;
 	p->link_length = sizeof(*eth);
 	type = eth->type;

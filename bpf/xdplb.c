@@ -126,29 +126,35 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 	struct address_entry *to;
 	enum parsed parsed;
 	__u32 service;
+	bool probe;
 
 	if (HAVE_WATCHDOG && !full && control_is_lost())
 		return pass();
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
-		return pass(); /* not IP, or not for this host */
+		return pass(); /* not IP, or for many hosts */
 	if (!full && parsed == PARSE_FULL && p->version == 0)
-		return continue_at(ctx, STAGE_FULL); /* tagged */
+		return is_for_another_host(ctx) ? pass() : continue_at(ctx, STAGE_FULL); /* tagged */
 
 	to = find_address(&p->destination);
 	if (!to || !to->services.count) {
-		if (HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(&p->source))
-			return continue_at(ctx, STAGE_PROBE_REPLY); /* to a check through a service? */
-		if (!(HAVE_NAT || HAVE_TUNNELS) || parsed == PARSE_MALFORMED)
+		probe = HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(&p->source);
+		if (!probe && parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
+		if (!probe && !HAVE_NAT && !(HAVE_TUNNELS && is_icmp(p)))
+			return pass();
+		if (!full && is_for_another_host(ctx))
+			return pass();
+		if (probe)
+			return continue_at(ctx, STAGE_PROBE_REPLY); /* to a check through a service? */
 		if (is_icmp(p))
 			return continue_at(ctx, HAVE_NAT ? STAGE_ICMP_REPLY : STAGE_TUNNEL_ERROR);
-		if (!HAVE_NAT)
-			return pass();
 		if (!full && parsed == PARSE_FULL)
 			return continue_at(ctx, STAGE_FULL);
 		return not_for_service(p, to, full);
 	}
+	if (!full && is_for_another_host(ctx))
+		return pass();
 	if (parsed == PARSE_MALFORMED)
 		return drop(0, REASON(malformed));
 	if (is_icmp(p))
