@@ -22,11 +22,9 @@ from stage import (
 
 from xdplb.lab.hosts import Host
 from xdplb.lab.laboratory import Laboratory, Shape, WebServer, await_until
-from xdplb.lab.network import BACK
 from xdplb.model import Forward
 
-PORTS = {Forward.NAT: 80, Forward.IPIP: 81, Forward.GUE: 82, Forward.DSR: 83, Forward.FULL_NAT: 84}
-SOURCES = [str(BACK.address4(200)), str(BACK.address6(200))]
+PORTS = {Forward.NAT: 80, Forward.IPIP: 81, Forward.GUE: 82, Forward.DSR: 83}
 VERSIONS = (4, 6)
 ALSO = {4: "10.3.0.{}", 6: "fd00:3::{}"}
 """Of a second cable between gateway and client."""
@@ -57,9 +55,7 @@ def balancing(
     """Looks at the host every second, and leaves it as it was."""
     before = traces(lab)
     balancer = Balancer(lab, *interfaces)
-    services = [web(lab, mode, version) for mode in modes for version in VERSIONS]
-    more = {"source_pool": SOURCES} if Forward.FULL_NAT in modes else {}
-    balancer.write(*services, host={"interval": "1s"}, **more)
+    balancer.write(*(web(lab, mode, version) for mode in modes for version in VERSIONS), host={"interval": "1s"})
     balancer.up(options=options)
     try:
         yield balancer

@@ -270,14 +270,16 @@ def test_a_neighbour_that_leaves_checksums_unfinished_is_told(lab: Laboratory) -
         balancer.up()
         for host, interface, offloads in cases:
             host.shell(f"ethtool -K eth0 {offloads}")
-            await_until(lambda host=host: told_while_it_talks(host, {"checksums-unfinished"}), "the alarm is raised")  # type: ignore[misc]
+            await_until(
+                lambda host=host: told_while_it_talks(host, {"checksums-unfinished"}), "the alarm is raised", 30
+            )  # type: ignore[misc]
             (alarm,) = balancer.ask("status")["alarms"]
             assert mac_of(host) in alarm["text"] and interface in alarm["text"] and "tx off" in alarm["fix"]
             balancer.process.wait_for_line(
                 f"alarm: {mac_of(host)} sends packets to {interface} with unfinished checksums"
             )
             host.shell("ethtool -K eth0 tx off tso off gso off")
-            await_until(lambda host=host: told_while_it_talks(host, set()), "no alarm is left")  # type: ignore[misc]
+            await_until(lambda host=host: told_while_it_talks(host, set()), "no alarm is left", 30)  # type: ignore[misc]
     finally:
         for host in (lab.client, backend):
             host.shell("ethtool -K eth0 tx off tso off gso off")
