@@ -131,13 +131,6 @@ struct flow_set {
 	__u64 flow[8];
 };
 
-/* For xdplb_forget: a backend that was removed, and where remembered flows and SNAT mappings name it (sweep.h). */
-struct removal {
-	__u32 backend;
-	__u32 orphans; /* 1: its clients are to be told, so its flows are kept as BACKEND_GONE's */
-	__u32 place[REMOVAL_PLACES];
-};
-
 /* Full NAT: the flow that a SNAT mapping belongs to. `ports` as in the client's packets. */
 struct snat_tuple {
 	struct address client;

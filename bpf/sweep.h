@@ -115,6 +115,13 @@ static __always_inline void sweep_set(void)
 	}
 }
 
+/* For xdplb_forget: a backend that was removed, and where remembered flows and SNAT mappings name it. */
+struct removal {
+	__u32 backend;
+	__u32 orphans; /* 1: its clients are to be told, so its flows are kept as BACKEND_GONE's */
+	__u32 place[REMOVAL_PLACES];
+};
+
 /*
  * The flows of a removed backend, in place of a frame. Its entry is empty already, so no packet writes it into a word any
  * more; but packets move its flows to other backends meanwhile, and those words stay as they are.
