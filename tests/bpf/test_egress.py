@@ -72,7 +72,8 @@ def both(world: World, mode: Mode, protocol: str, build: Build, tags: Tags = (),
     finally:
         lead(world, service, False)
     changed = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    assert verdict is Verdict.PASS and out[12:] == usual[12:] and out[:12] == raw(frame(sent, tags=tags))[:12]
+    link = raw(frame(sent, tags=tags))[: 12 + 4 * len(tags)]  # tags come off only where XDP sends
+    assert verdict is Verdict.PASS and out == link + usual[12:]
     syn = protocol == "tcp" and build is SYN
     assert changed == {**forwarded(service, sent, new_flow=syn), "verdicts.pass": 1}
 
@@ -138,6 +139,7 @@ def test_a_reply_is_translated_and_left_to_the_kernel(world: World, refused: Non
     mode, build = NAT[version], TRANSPORTS[protocol]
     at_backend = mode.translated(mode.flow(protocol), protocol).back()
     translated = replace(at_backend, source=mode.vip, source_port=mode.flow(protocol).port)
+    world.run(frame(build(mode.flow(protocol))))
     for tags in TAGS.values():
         before = world.counters()
         verdict, out = world.run(frame(build(at_backend), BACKEND_MAC, BACK_MAC, tags), "back")
@@ -151,6 +153,7 @@ def test_a_reply_is_translated_and_left_to_the_kernel(world: World, refused: Non
 @VERSIONS
 def test_an_error_of_a_backend_is_translated_and_left_to_the_kernel(world: World, version: int) -> None:
     mode = NAT[version]
+    world.run(frame(udp()(mode.flow("udp"))))
     about = quotation(udp(), mode.translated(mode.flow("udp"), "udp"), None)
     error = frame(icmp(Flow(mode.backend, CLIENT[version]), ERRORS[version]["port unreachable"], about))
     verdict, usual = world.run(error, "back")
