@@ -131,6 +131,18 @@ struct flow_set {
 	__u64 flow[8];
 };
 
+/*
+ * The SYNs of a flow whose slot is in transition (syn_record.h): one cache line. `tag` is the flow's key with the rest of what
+ * is known upon it, so that two CPUs that write at once leave no record of either. There is room for what it takes to send the
+ * SYN again: window, checksum and options (40 bytes).
+ */
+struct syn_record {
+	__u64 tag;
+	__u64 sequences; /* initial sequence numbers of the last two that differ, the later one in the lower half; host order */
+	__u32 former;    /* the backend of an older flow of these ports; 0: not known; BACKEND_GONE: that one had closed */
+	__u8 room[44];
+};
+
 /* Full NAT: the flow that a SNAT mapping belongs to. `ports` as in the client's packets. */
 struct snat_tuple {
 	struct address client;
@@ -263,6 +275,7 @@ struct trace {
 
 _Static_assert(sizeof(struct flow_set) == 64, "a set is one cache line");
 _Static_assert(sizeof(struct link_facts) == 64, "a set is one cache line");
+_Static_assert(sizeof(struct syn_record) == 64, "a record is one cache line");
 _Static_assert(sizeof(struct address_bucket) == 64, "a bucket is one cache line");
 _Static_assert(sizeof(struct service) == 64, "a service is one cache line");
 _Static_assert(__builtin_offsetof(struct service, slots) % 8 == 0, "slots and slot_mask are one word");

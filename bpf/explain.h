@@ -45,7 +45,7 @@ static __always_inline struct backend *explain_decision(const struct flow *flow,
 	trace->tick = flow->tick;
 	if (backend_by_hash(flow->service, flow->hash, &id))
 		trace->scheduled = id;
-	if (find_former(flow, slot, index, &id))
+	if (find_former(flow, slot, index, 0, &id))
 		trace->former = id;
 	trace->in_use = recalled && !by_client(flow->service) && flow->state != FLOW_DATAGRAM && holds(&syn, trace->remembered);
 	if (!recalled && (is_orphan(flow, id) || is_orphan(flow, FLOW_BACKEND(trace->remembered))))
@@ -80,7 +80,7 @@ static __always_inline int explain_full_nat(struct packet *p, const struct flow 
 	__be16 port;
 
 	if (word) {
-		id = FLOW_BACKEND(*word);
+		id = knows_better(flow, *word) ? FLOW_BACKEND(*word) : trace->backend;
 		known = backends.lookup(&id);
 	}
 	if (serves(flow, known) && !flow->unverified && source_of(place, &source, &port)) {

@@ -3,7 +3,8 @@
  * The flow rule: track only what a change can break (JET, CoNEXT 2021; Beamer, NSDI 2018).
  *
  * A flow of a settled slot needs no memory. In a slot that changed hands
- *  - a SYN goes to the slot's backend, and the flow is remembered;
+ *  - a SYN goes to the slot's backend, and the flow is remembered. Until a segment follows, that says only that a SYN came: one
+ *    that does not follow it is of an older flow (syn_record.h), as if nothing were remembered;
  *  - unless a flow of its ports is remembered that lives. Anybody can send a SYN, so it goes where that flow is, and changes
  *    nothing: the backend that has the connection answers with a challenge (RFC 5961, section 4). Where the flow is closing,
  *    or was silent for TIMEOUT_REUSE, the ports begin anew;
@@ -21,6 +22,7 @@
 #include "flow_cache.h"
 #include "maps.h"
 #include "slots.h"
+#include "syn_record.h"
 
 enum outcome {
 	OUTCOME_NONE,    /* no backend can take it */
@@ -57,15 +59,18 @@ static __always_inline bool serves(const struct flow *flow, const struct backend
 	return backend->flags & (BACKEND_UP | BACKEND_KEEP);
 }
 
-/* The backend that flows older than the slot's last change belong to, and those of one that is down but keeps its flows. */
-static __always_inline struct backend *find_former(const struct flow *flow, __u32 slot, __u32 index, __u32 *id)
+/*
+ * The backend that flows older than the slot's last change belong to, and those of one that is down but keeps its flows; or
+ * `known`, where that is not 0.
+ */
+static __always_inline struct backend *find_former(const struct flow *flow, __u32 slot, __u32 index, __u32 known, __u32 *id)
 {
 	struct transition transition = { .previous = slot & SLOT_BACKEND, .deadline = -1 };
 	struct backend *backend;
 
 	if (slot & SLOT_IN_TRANSITION)
 		transition = read_transition(index);
-	*id = flow->tick < transition.deadline ? transition.previous : 0;
+	*id = known ? known : flow->tick < transition.deadline ? transition.previous : 0;
 	backend = backends.lookup(id);
 	return serves(flow, backend) ? backend : NULL;
 }
@@ -122,13 +127,19 @@ static __always_inline struct decision recall(const struct flow *flow, __u32 slo
 	struct flow_counters *counters = flow_counters.lookup(&zero);
 	const bool stateless = flow->service->flags & SERVICE_STATELESS;
 	struct backend *backend, *former;
-	__u64 word;
+	struct syn_record *record;
+	__u64 word, older;
 
 	if (!set || !counters)
 		return decided(OUTCOME_NONE);
 	place = find_flow(set, flow->key);
 	word = place < WAYS ? *way(set, place) : 0;
-	if (place < WAYS && holds(flow, word) && !stateless) {
+	record = find_syn_record(flow, word);
+	if (!record)
+		return decided(OUTCOME_NONE);
+	record_syn(record, flow, word);
+	older = is_of_older_flow(record, flow, word);
+	if (place < WAYS && holds(flow, word) && !stateless && !older) {
 		backend = find_remembered(flow, word, &id);
 		if (backend) {
 			counters->recalled++;
@@ -139,7 +150,7 @@ static __always_inline struct decision recall(const struct flow *flow, __u32 slo
 	}
 	if (HAVE_CHOICE && flow->chooses)
 		return decided(OUTCOME_CHOOSE);
-	former = stateless ? NULL : find_former(flow, slot, index, &former_id);
+	former = stateless ? NULL : find_former(flow, slot, index, former_of(record, flow) * older, &former_id);
 	if (is_orphan(flow, former_id) || is_orphan(flow, FLOW_BACKEND(word)))
 		return decided(OUTCOME_ORPHAN);
 	backend = former;
@@ -185,7 +196,7 @@ static __always_inline struct backend *look_up_flow(const struct flow *flow, __u
 	place = find_flow(set, flow->key);
 	backend = place < WAYS ? find_remembered(flow, *way(set, place), id) : NULL;
 	if (!backend)
-		backend = find_former(flow, slot, index, id);
+		backend = find_former(flow, slot, index, 0, id);
 	return backend ? backend : backend_by_hash(flow->service, flow->hash, id);
 }
 

@@ -42,6 +42,7 @@ struct flow {
 	__u32 service_id;
 	__u32 tick;
 	__u32 state;
+	__u32 sequence;  /* TCP's */
 	bool opening;    /* a SYN: begins a flow, unless one of these ports lives */
 	bool unverified; /* a SYN: its source address may be forged, so it takes no live flow's place, and refreshes none */
 	bool chooses;    /* begins a flow whose backend the scheduler has to choose, unless it is remembered */
@@ -98,6 +99,8 @@ static __always_inline struct flow flow_of(const struct packet *p, const struct 
 	flow.key = flow_key(service, service_id, hash, p->ports);
 	flow.tick = current_tick();
 	flow.state = flow_state(p);
+	flow.sequence =
+		be32(((struct tcphdr *)p->transport)->sequence); /* UDP's header is as long, and nothing depends on it */
 	flow.unverified = is_zero((p->tcp_flags & (TCP_FIN | TCP_SYN | TCP_RST | TCP_ACK)) ^ TCP_SYN);
 	flow.opening = flow.unverified & is_zero(by_client(service));
 	if (HAVE_AFFINITY)
@@ -232,6 +235,17 @@ static __always_inline __u64 find_victim(const struct flow_set *set, const struc
 }
 
 /*
+ * The state of a flow that is written where `old` stood. A SYN on the ports of an established flow that was silent may be
+ * anybody's: where it goes to the same backend, that flow is as established as before.
+ */
+static __always_inline __u32 state_after(const struct flow *flow, __u64 old, __u32 backend, bool known)
+{
+	__u64 same = known * is_zero(FLOW_BACKEND(old) ^ backend) * is_zero(FLOW_STATE(old) ^ FLOW_ESTABLISHED);
+
+	return flow->state | same * FLOW_ESTABLISHED;
+}
+
+/*
  * Remembers the flow where it stands already, or in the place of the most dispensable one of its set. An unverified
  * SYN takes the place of no live flow: only of one that ended, or never got beyond its own SYN.
  */
@@ -244,7 +258,7 @@ static __always_inline bool remember_flow(struct flow_set *set, const struct flo
 	if (!known && ((flow->unverified && victim >> 3 < SCORE_OPENING) || !within_budget(flow->tick)))
 		return false;
 	old = *way(set, victim);
-	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, flow->state)))
+	if (!replace_flow(way(set, victim), old, flow_word(flow, backend, state_after(flow, old, backend, known))))
 		return false; /* another CPU was quicker */
 	if (known)
 		return true;

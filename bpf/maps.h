@@ -44,6 +44,7 @@ BPF_TABLE_PINNED("array", __u32, struct slot_block, slots, SLOTS / 16, PIN("slot
 
 BPF_TABLE_PINNED("array", __u32, struct transition, transitions, SLOTS, PIN("transitions"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct flow_set, flow_sets, FLOW_SETS, PIN("flow_sets"), BPF_F_MMAPABLE);
+BPF_TABLE_PINNED("array", __u32, struct syn_record, syn_records, SYN_RECORDS, PIN("syn_records"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct flow_set, snat_sets, SNAT_SETS, PIN("snat_sets"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct snat_tuple, snat_tuples, 8 * SNAT_SETS, PIN("snat_tuples"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, struct address, sources, MAX_SOURCES, PIN("sources"), BPF_F_MMAPABLE);

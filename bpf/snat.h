@@ -192,9 +192,20 @@ static __always_inline bool source_of(__u32 place, struct address *address, __be
 }
 
 /*
- * The place of the flow's mapping, the one that it has or a new one. `*backend` is the flow rule's. If the flow has a mapping,
- * that one's backend comes first, because it knows the connection, unless a new connection begins. A SYN begins none while the
- * mapping is in use.
+ * Does a mapping know better than the flow rule where its connection is? While it is opening it does not: the flow rule has the
+ * numbers of SYNs (syn_record.h), and a SYN begins anew. Nor where a SYN comes on a mapping that is not in use. Where no flow
+ * is remembered, the mapping is all that is known.
+ */
+static __always_inline bool knows_better(const struct flow *flow, __u64 word)
+{
+	if (flow->unverified)
+		return is_in_use(word, flow->tick, 0);
+	return FLOW_STATE(word) != FLOW_OPENING || flow->service->flags & SERVICE_STATELESS;
+}
+
+/*
+ * The place of the flow's mapping, the one that it has or a new one. `*backend` is the flow rule's, unless the mapping knows
+ * better. A SYN changes nothing then.
  */
 static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *backend)
 {
@@ -215,7 +226,7 @@ static __always_inline __u32 get_mapping(const struct snat_flow *wanted, __u32 *
 	old = *word;
 	known = FLOW_BACKEND(old);
 	entry = backends.lookup(&known);
-	if ((!flow->unverified || is_in_use(old, flow->tick, TIMEOUT_OPENING + 1)) && serves(flow, entry)) {
+	if (knows_better(flow, old) && serves(flow, entry)) {
 		*backend = known;
 		if (flow->unverified)
 			return place;

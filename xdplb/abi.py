@@ -209,6 +209,7 @@ class Geometry:
     fragments: int = 8192
     nat_sets: int = 32768
     flow_sets: int = 32768
+    syn_records: int = 4096
     sources4: int = 0
     sources6: int = 0
 
@@ -244,6 +245,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "FRAGMENTS": geometry.fragments,
         "NAT_SETS": geometry.nat_sets,
         "FLOW_SETS": geometry.flow_sets,
+        "SYN_RECORDS": geometry.syn_records,
         "HAVE_FULL_NAT": features.full_nat,
         "SOURCES4": geometry.sources4,
         "SOURCES6": geometry.sources6,

@@ -162,7 +162,8 @@ def plane(world: World) -> Iterator[Dataplane]:
 
 @pytest.fixture
 def gateway(plane: Dataplane, world: World) -> Gateway:
-    plane.snat_words[:] = 0
+    for memory in (plane.snat_words, plane.flow_words, plane.syn_records["tag"], plane.loads["active"]):
+        memory[:] = 0
     return Gateway(plane, dict(world.interfaces))
 
 
@@ -432,6 +433,44 @@ class TestASynOnPortsInUse:
         words[place] = reference.aged(words[place], gateway.plane.features.times.reuse)
         gateway.open(client(version))
         assert int(word()) & 3 == FlowState.OPENING
+
+
+def test_a_strangers_syn_moves_no_flow_that_was_silent_since_its_slot_changed_hands(
+    gateway: Gateway, version: int
+) -> None:
+    """Its mapping is as old as that, so the SYN takes it over; the numbers of segments tell whose they are."""
+    flows = [client(version, number=number) for number in range(20)]
+    seen = {flow: gateway.open(flow) for flow in flows}
+    for flow in flows:
+        gateway.run(frame(tcp("A")(flow)))
+    key = BackendKey(f"tcp{version}", "b0")
+    gateway.engine.update(key, replace(gateway.engine.statuses.get(key), admin=Admin.DRAIN))
+    gateway.engine.apply_service(key.service)
+    words = gateway.plane.snat_words
+    words[words != 0] = reference.aged(words[words != 0], gateway.plane.features.times.reuse)
+    for flow in flows:
+        assert gateway.run(frame(numbered(tcp("S")(flow), 1 << 30)))[0] is Verdict.TX
+        assert ends(gateway.run(frame(tcp("A")(flow)))[1]) == seen[flow]
+        assert ends(gateway.run(frame(numbered(tcp("A")(flow), 1 + (1 << 30))))[1]) == seen[flow]
+    assert {flow.destination for flow in seen.values()} == set(BACKENDS[version])
+
+
+def test_a_clients_own_syn_on_such_a_flows_ports_begins_a_new_one(gateway: Gateway, version: int) -> None:
+    flows = [client(version, number=number) for number in range(20)]
+    for flow in flows:
+        gateway.open(flow)
+    key = BackendKey(f"tcp{version}", "b0")
+    gateway.engine.update(key, replace(gateway.engine.statuses.get(key), admin=Admin.DRAIN))
+    gateway.engine.apply_service(key.service)
+    for flow in flows:
+        began = ends(gateway.run(frame(numbered(tcp("S")(flow), 1 << 30)))[1])
+        assert began.destination == BACKENDS[version][1]
+        assert ends(gateway.run(frame(numbered(tcp("A")(flow), 1 + (1 << 30))))[1]) == began
+
+
+def numbered(segment: Packet, sequence: int) -> Packet:
+    segment[TCP].seq = sequence
+    return segment
 
 
 def test_a_removed_backend_leaves_no_place_behind(gateway: Gateway) -> None:

@@ -16,6 +16,7 @@ SHARED_MAPS = (
     "flow_sets",
     "flow_budgets",
     "flow_counters",
+    "syn_records",
     "loads",
     "wrr_positions",
     "link_facts",

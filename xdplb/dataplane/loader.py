@@ -131,6 +131,7 @@ class Dataplane:
         self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
         self.link_words: NDArray[np.uint64] = np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8)
         self.links_missed: NDArray[np.uint32] = np.frombuffer(self._memory("links_missed"), np.uint32)[::2]
+        self.syn_records = self._structs("syn_records")
         self._traces = self._structs("traces")
 
     @property

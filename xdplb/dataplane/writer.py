@@ -104,6 +104,8 @@ class MapWriter:
         plane.backends.write(backend, bytes(plane.backends.codec.size))
         plane.nat_hints[backend] = 0
         self._forget(backend, bool(tells))
+        records = plane.syn_records
+        records["tag"][records["former"] == backend] = 0
         previous = plane.transitions["previous"]
         previous[previous == backend] = BACKEND_GONE if tells else 0
 

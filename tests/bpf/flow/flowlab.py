@@ -127,7 +127,7 @@ class Lab:
             plane.loads["active"],
         ):
             memory[:] = 0
-        for structs in (plane.transitions, plane.addresses, plane.intervals):
+        for structs in (plane.transitions, plane.addresses, plane.intervals, plane.syn_records):
             structs.view(np.uint8)[:] = 0
         plane.set_counters("flow_counters", 0, np.zeros(5, np.uint64))
         self.spend_budget(0)
@@ -212,6 +212,14 @@ class Lab:
     def flows(self, number: int, of: str | None = None, service: str = "web") -> list[Flow]:
         return [self.flow(of, service) for _ in range(number)]
 
+    def flows_apart(self, number: int, of: str | None = None) -> list[Flow]:
+        """The same, of which none has its SYN's record in another one's place."""
+        found: dict[int, Flow] = {}
+        while len(found) < number:
+            flow = self.flow(of)
+            found.setdefault(self.record(flow), flow)
+        return list(found.values())
+
     def hash(self, flow: Flow) -> int:
         service, client = self._service(flow.service), flow.client
         if service.affinity is None:
@@ -219,6 +227,15 @@ class Lab:
         prefix = service.affinity.prefix4 if client.version == 4 else service.affinity.prefix6
         network = ip_network((client, prefix), strict=False)
         return HASH.flow(str(network.network_address), 0, 0, False)
+
+    def record(self, flow: Flow) -> int:
+        """The place of the record of its SYNs. Not where the service remembers clients."""
+        service = self._service(flow.service)
+        ports = struct.unpack("<I", struct.pack(">HH", flow.port, 80))[0]
+        left_out = ports * 0x9E3779B1 if service.scheduler is Scheduler.SOURCE_HASH else 0
+        left_out = (left_out ^ self.engine.applied.services[flow.service].id) % (1 << 32)
+        key = self.hash(flow) ^ left_out * abi.MAX_SLOTS_PER_SERVICE
+        return (key >> 32) % len(self.plane.syn_records)
 
     def slot(self, flow: Flow) -> int:
         """The place of its slot."""
@@ -247,24 +264,24 @@ class Lab:
 
     # Packets.
 
-    def packet(self, flow: Flow, flags: int = ACK) -> bytes:
-        """`flags` are TCP's, where it is TCP."""
-        return _packet(flow, self._service(flow.service).listen, flags)
+    def packet(self, flow: Flow, flags: int = ACK, sequence: int = 0) -> bytes:
+        """`flags` and sequence number are TCP's, where it is TCP."""
+        return _packet(flow, self._service(flow.service).listen, flags, sequence)
 
-    def send(self, flow: Flow, flags: int = ACK) -> str | None:
+    def send(self, flow: Flow, flags: int = ACK, sequence: int = 0) -> str | None:
         """The backend that gets the packet; None where nobody does."""
-        return _delivered(syscall.test_run(self.plane.program_fd, self.packet(flow, flags)))
+        return _delivered(syscall.test_run(self.plane.program_fd, self.packet(flow, flags, sequence)))
 
-    def syn(self, flow: Flow) -> str | None:
-        return self.send(flow, SYN)
+    def syn(self, flow: Flow, sequence: int = 0) -> str | None:
+        return self.send(flow, SYN, sequence)
 
     def error_about(self, flow: Flow) -> str | None:
         """The backend that gets an ICMP error about a packet that the flow's backend sent to the client."""
         listen = self._service(flow.service).listen
         return _delivered(syscall.test_run(self.plane.program_fd, _error(flow, listen)))
 
-    def sent_to(self, flows: Iterable[Flow], flags: int = ACK) -> Counter[str | None]:
-        return Counter(self.send(flow, flags) for flow in flows)
+    def sent_to(self, flows: Iterable[Flow], flags: int = ACK, sequence: int = 0) -> Counter[str | None]:
+        return Counter(self.send(flow, flags, sequence) for flow in flows)
 
     # What is remembered.
 
@@ -284,10 +301,10 @@ class Lab:
         return {name: int(value) for name, value in zip(names, values, strict=True) if value}
 
 
-def _packet(flow: Flow, listen: Listen, flags: int) -> bytes:
+def _packet(flow: Flow, listen: Listen, flags: int, sequence: int) -> bytes:
     ports = struct.pack(">HH", flow.port, 80)
     if listen.protocol is Protocol.TCP:
-        payload = ports + bytes(8) + bytes([0x50, flags]) + bytes(6)
+        payload = ports + struct.pack(">II", sequence % (1 << 32), 0) + bytes([0x50, flags]) + bytes(6)
     else:
         payload = ports + struct.pack(">HH", 8, 0)
     return _ip(flow.client, listen.address, listen.protocol.number, payload)

@@ -15,6 +15,10 @@ from reference import Hash
 Address = IPv4Address | IPv6Address
 
 TRIES = 8
+LONGEST_MEMORY = 3072
+"""In ticks: after that a time stamp could be taken for a later one."""
+FIRST_WINDOW = 1 << 16
+"""How far behind its SYN a segment may be that shows that the flow is new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,27 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Syns:
+    """What is known of the SYNs on a flow's ports: the numbers of the last two, and the backend of a live flow over
+    which they began anew, or that it had closed.
+    """
+
+    numbers: tuple[int, ...]
+    before: str | None = None
+    over_closed: bool = False
+
+    @classmethod
+    def over(cls, known: Memory | None, sequence: int) -> Syns:
+        if known is None or known.kind is Kind.CLOSES:
+            return cls((sequence,), over_closed=known is not None)
+        return cls((sequence,), known.backend)
+
+    def lead_to(self, sequence: int) -> bool:
+        """Segments that are late from a flow that had closed are not told apart from it."""
+        return self.over_closed or any((sequence - number) % (1 << 32) < FIRST_WINDOW for number in self.numbers)
+
+
+@dataclass(frozen=True, slots=True)
 class Pool:
     """Who takes packets of flows that they have; who keeps them though they are down."""
 
@@ -95,6 +120,7 @@ class Rule:
         self.tick = 0
         self.slots: list[Slot] = []
         self.memory: dict[Flow, Memory] = {}
+        self.syns: dict[Flow, Syns] = {}
         self.hashes: dict[Flow, int] = {}
 
     def turn(self, table: Sequence[str | None]) -> None:
@@ -104,7 +130,7 @@ class Rule:
             old[index % len(old)].given_to(owner, self.tick, self.window) for index, owner in enumerate(table)
         ]
 
-    def packet(self, flow: Flow, hashed: int, kind: Kind, pool: Pool) -> str | None:
+    def packet(self, flow: Flow, hashed: int, kind: Kind, pool: Pool, sequence: int = 0) -> str | None:
         """The backend that gets it; None where nobody does."""
         self.hashes[flow] = hashed
         slot = self.slots[hashed % (1 << 32) % len(self.slots)]
@@ -112,21 +138,45 @@ class Rule:
             return slot.owner
         if self.stateless:
             return self._schedule(hashed, pool)
-        known = self.memory.get(flow)
+        known, former = self.memory.get(flow), slot.former(self.tick)
+        if kind is Kind.OPENS:
+            self._note(flow, sequence)
+        elif known is not None and known.kind is Kind.OPENS and not self._is_new(flow, known, sequence):
+            syns, known = self.syns.get(flow), None
+            former = syns.before if syns and syns.before else former
         if known and pool.serves(known.backend) and (kind is not Kind.OPENS or self.in_use(flow)):
             if kind is not Kind.OPENS:
                 known.see(self.tick, kind)
             return known.backend
-        former = slot.former(self.tick)
         chosen = former if pool.serves(former) and kind is not Kind.OPENS else self._schedule(hashed, pool)
         if chosen is not None:
-            self.memory[flow] = Memory(chosen, self.tick, kind)
+            stays = kind is Kind.OPENS and known and known.kind is Kind.GOES_ON and known.backend == chosen
+            self.memory[flow] = Memory(chosen, self.tick, Kind.GOES_ON if stays else kind)
         return chosen
+
+    def _note(self, flow: Flow, sequence: int) -> None:
+        known, syns = self.memory.get(flow), self.syns.get(flow)
+        if known is None or known.kind is not Kind.OPENS:
+            self.syns[flow] = Syns.over(known, sequence)
+        elif syns is None:
+            self.syns[flow] = Syns((sequence,))
+        elif sequence not in syns.numbers:
+            self.syns[flow] = replace(syns, numbers=(*syns.numbers[-1:], sequence))
+
+    def _is_new(self, flow: Flow, known: Memory, sequence: int) -> bool:
+        """Of a packet of a flow of which no more than a SYN was seen."""
+        syns = self.syns.get(flow)
+        return syns.lead_to(sequence) if syns else self._lives(known)
 
     def in_use(self, flow: Flow) -> bool:
         """So that a SYN, which anybody can send, does not begin anew."""
         known = self.memory.get(flow)
         return known is not None and known.kind is Kind.GOES_ON and self.tick - known.tick < self.reuse
+
+    def lives(self, flow: Flow) -> bool:
+        """As far as it is remembered: it is neither opening nor closing."""
+        known = self.memory.get(flow)
+        return known is None or known.kind is Kind.GOES_ON
 
     def settle(self) -> int:
         """Returns how many slots are still in transition."""
@@ -138,6 +188,9 @@ class Rule:
         for number, slot in enumerate(self.slots):
             if slot.in_transition and slot.deadline <= self.tick and number not in held:
                 self.slots[number] = Slot(slot.owner)
+        for flow, known in list(self.memory.items()):
+            if self.tick - known.tick > LONGEST_MEMORY:
+                del self.memory[flow]
         for flow in [flow for flow, known in self.memory.items() if not self._lives(known)]:
             if not self.slots[self.hashes[flow] % (1 << 32) % len(self.slots)].in_transition:
                 del self.memory[flow]
@@ -146,6 +199,7 @@ class Rule:
     def forget(self, backend: str) -> None:
         """It is removed; a later one of its name is another one."""
         self.memory = {flow: known for flow, known in self.memory.items() if known.backend != backend}
+        self.syns = {flow: syns for flow, syns in self.syns.items() if syns.before != backend}
         self.slots = [replace(slot, previous=None) if slot.previous == backend else slot for slot in self.slots]
 
     def _lives(self, known: Memory) -> bool:

@@ -80,6 +80,8 @@ class History:
         known = self.known.get(flow)
         if flags == SYN and known and known.home == home and self.is_in_use(known):
             return
+        if known and flags == SYN and known.home == home and known.state is ESTABLISHED:
+            state = ESTABLISHED
         if known is None or flags == SYN or known.home != home:
             self.known[flow] = Known(home, state, self.tick, state is not CLOSING)
             return

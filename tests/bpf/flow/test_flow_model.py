@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -17,6 +18,8 @@ NAMES = [f"{letter}{number}" for letter in "abcd" for number in range(3)]
 STEPS = 60
 KINDS = {SYN: Kind.OPENS, ACK: Kind.GOES_ON, FIN | ACK: Kind.CLOSES}
 LIMITS = {Kind.OPENS: STILL.opening, Kind.GOES_ON: STILL.established, Kind.CLOSES: STILL.closing}
+STRANGER = 1 << 30
+"""How far away a stranger's sequence numbers are."""
 LONGEST_UNSETTLED = TICK_MASK - FLOW_WRAPPING
 """Ticks: the control plane settles at least as often, or ticks would come round again."""
 
@@ -30,6 +33,7 @@ class History:
     keep: bool = False
     stateless: bool = False
     flows: list[Flow] = field(default_factory=list)
+    records: set[int] = field(default_factory=set)
     moved: int = 0
 
     def __post_init__(self) -> None:
@@ -111,18 +115,34 @@ class History:
 
     def packet(self) -> None:
         if not self.flows or self.random.random() < 0.2:
-            self.flows.append(self.lab.flow())
+            self.flows.append(self.new_flow())
         flow = self.random.choice(self.flows[-200:])
         flags = self.random.choice([SYN, ACK, ACK, ACK, FIN | ACK])
+        foreign = self.random.random() < 0.2
+        sequence = zlib.crc32(str(flow).encode()) + foreign * STRANGER
+        sequence += 0 if flags == SYN else self.random.choice([1, 40_000])
         pool = self.pool()
-        in_use = self.rule.in_use(flow)
-        wanted = self.rule.packet(flow, self.lab.hash(flow), KINDS[flags], pool)
-        got = self.lab.send(flow, flags)
-        assert got == wanted, (flow, KINDS[flags])
-        self.hold_to_the_purpose(flow, flags, got, pool, in_use)
+        in_use, lives = self.rule.in_use(flow), self.rule.lives(flow)
+        wanted = self.rule.packet(flow, self.lab.hash(flow), KINDS[flags], pool, sequence % (1 << 32))
+        got = self.lab.send(flow, flags, sequence)
+        assert got == wanted, (flow, KINDS[flags], foreign)
+        if not foreign:
+            self.hold_to_the_purpose(flow, flags, got, pool, in_use)
+        elif flags != SYN or not lives:
+            self.alive.pop(flow, None)
+
+    def new_flow(self) -> Flow:
+        """One of those whose SYNs do not take each other's records."""
+        flow = self.lab.flow()
+        while self.lab.record(flow) in self.records:
+            flow = self.lab.flow()
+        self.records.add(self.lab.record(flow))
+        return flow
 
     def hold_to_the_purpose(self, flow: Flow, flags: int, got: str | None, pool: Pool, in_use: bool) -> None:
-        """A flow stays where it is while that backend serves; whoever takes no new flows gets none."""
+        """A flow stays where it is while that backend serves, whatever SYNs a stranger sends on its ports; a
+        backend that takes no new flows gets none.
+        """
         home = self.alive.get(flow)
         if flags == SYN:
             statuses = self.lab.engine.statuses

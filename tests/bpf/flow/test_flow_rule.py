@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 import pytest
 from flowlab import ACK, FIN, RST, STILL, SYN, WINDOW, Lab, service
-from flowmodel import Flow
+from flowmodel import FIRST_WINDOW, Flow
 
 from xdplb.model import Admin, FlowMemory, Protocol, Scheduler
 
@@ -60,7 +60,7 @@ def test_a_flow_that_began_before_the_change_goes_to_the_previous_backend_and_st
     either.drain("a")
     assert either.send(flow, flags) == "a"
     assert either.counted() == {"remembered": 1}
-    either.pass_time(WINDOW // 10)
+    either.pass_time(STILL.opening)
     assert either.send(flow, flags) == "a"
     assert either.counted() == {"remembered": 1, "recalled": 1}
 
@@ -224,6 +224,131 @@ class TestASynOnPortsInUse:
         assert either.send(flow) == "a"
         either.fail("a")
         assert either.syn(flow) == either.send(flow) == either.owner(flow) != "a"
+
+
+NEW = {
+    "an acknowledgement": (ACK, 1),
+    "data before it": (ACK, 1 + 1460),
+    "data after that of a fast open": (ACK, 1 + 1200),
+    "the last of a first window": (ACK, FIRST_WINDOW - 1),
+    "a reset": (RST, 1),
+    "a simultaneous open": (SYN | ACK, 0),
+    "a short life": (FIN | ACK, 1),
+}
+OTHER = {
+    "far ahead": (ACK, FIRST_WINDOW),
+    "behind": (ACK, -1),
+    "half round": (FIN | ACK, 1 << 31),
+    "a reset": (RST, -9),
+}
+
+
+class TestASynOnThePortsOfAFlowThatIsNotRemembered:
+    """It is older than the change and was silent since. Sequence numbers tell it from the one that the SYN began."""
+
+    @pytest.fixture
+    def flow(self, either: Lab) -> Flow:
+        flow = either.flow(of="a")
+        either.drain("a")
+        return flow
+
+    @pytest.mark.parametrize("number", [0, 7, (1 << 32) - 2], ids=["zero", "seven", "that comes round"])
+    @pytest.mark.parametrize(("flags", "ahead"), NEW.values(), ids=NEW.keys())
+    def test_a_segment_that_follows_the_syn_is_the_new_flows(
+        self, either: Lab, flow: Flow, flags: int, ahead: int, number: int
+    ) -> None:
+        home = either.owner(flow)
+        assert either.syn(flow, number) == either.send(flow, flags, number + ahead) == home != "a"
+        assert either.send(flow, ACK, number + ahead + 1) == home, "from then on it is known"
+
+    @pytest.mark.parametrize("number", [0, 7, (1 << 32) - 2], ids=["zero", "seven", "that comes round"])
+    @pytest.mark.parametrize(("flags", "ahead"), OTHER.values(), ids=OTHER.keys())
+    def test_another_is_the_older_ones_and_it_stays_where_it_is(
+        self, either: Lab, flow: Flow, flags: int, ahead: int, number: int
+    ) -> None:
+        assert either.syn(flow, number) == either.owner(flow) != "a"
+        assert either.send(flow, flags, number + ahead) == "a"
+        assert either.send(flow, ACK, number + 1) == "a", "from then on it is known"
+        assert either.remembered == 1
+
+    def test_nor_do_many_syns_move_it(self, either: Lab, flow: Flow) -> None:
+        for number in range(0, 1 << 32, 1 << 26):
+            assert either.syn(flow, number) == either.owner(flow)
+        assert either.send(flow, ACK, 12345) == "a"
+        for number in range(0, 1 << 32, 1 << 26):
+            assert either.syn(flow, number) == "a"
+
+    @pytest.mark.parametrize("numbers", [(5000, 9 << 20), (9 << 20, 5000), (5000, 9 << 20, 5000)])
+    def test_a_strangers_syn_beside_the_clients_own_does_not_make_the_new_flow_an_old_one(
+        self, either: Lab, flow: Flow, numbers: tuple[int, ...]
+    ) -> None:
+        home = either.owner(flow)
+        assert [either.syn(flow, number) for number in numbers] == [home] * len(numbers)
+        assert either.send(flow, ACK, 5001) == home
+
+    def test_a_syn_that_comes_again_and_again_is_one(self, either: Lab, flow: Flow) -> None:
+        home = either.owner(flow)
+        for _ in range(3):
+            assert either.syn(flow, 5000) == home
+            either.pass_time(7)
+        assert either.send(flow, ACK, 5001) == home
+
+    @pytest.mark.parametrize("end", [FIN | ACK, RST], ids=["closed", "reset"])
+    def test_what_comes_late_of_a_flow_that_closed_is_no_older_flow(self, either: Lab, flow: Flow, end: int) -> None:
+        assert either.send(flow, end, 1 << 20) == "a"
+        assert either.syn(flow, 7 << 20) == either.owner(flow) != "a"
+        assert either.send(flow, ACK, 1 << 20) == either.send(flow, ACK, (7 << 20) + 1) == either.owner(flow)
+
+    def test_a_flow_that_was_silent_for_long_returns_to_the_backend_where_it_was_remembered(self, either: Lab) -> None:
+        """Which had the slot in between, and was neither its first backend nor its last one."""
+        flow = by_way(either, either.flows(60), ("drain", "a"))["a", "b"][0]
+        assert either.syn(flow, 5000) == either.send(flow, ACK, 5001) == "b"
+        either.drain("b")
+        either.pass_time(STILL.reuse)
+        assert either.owner(flow) == either.syn(flow, 9 << 20) == "c"
+        assert either.send(flow, ACK, 5500) == either.send(flow, ACK, (9 << 20) + 1) == "b"
+
+    def test_a_syn_that_goes_to_the_silent_flows_own_backend_changes_nothing_for_it(self, either: Lab) -> None:
+        flow = by_way(either, either.flows(60), ("drain", "a"))["a", "b"][0]
+        assert either.syn(flow, 5000) == either.send(flow, ACK, 5001) == "b"
+        either.pass_time(STILL.reuse)
+        assert either.syn(flow, 9 << 20) == "b"
+        either.plane.syn_records["tag"] = 1
+        either.drain("b")
+        either.pass_time(STILL.opening + 1)
+        assert either.owner(flow) == "c" and either.send(flow, ACK, 5500) == "b"
+
+    def test_where_the_record_is_gone_the_cache_is_believed_until_the_handshake_must_have_failed(
+        self, either: Lab
+    ) -> None:
+        early, late = either.flows(2, of="a")
+        either.drain("a")
+        assert either.sent_to([early, late], SYN) == Counter([either.owner(early), either.owner(late)])
+        either.plane.syn_records["tag"] = 1
+        either.pass_time(STILL.opening)
+        assert either.send(early, ACK, 1 << 30) == either.owner(early) != "a"
+        either.pass_time(1)
+        assert either.send(late, ACK, 1 << 30) == "a"
+
+    def test_the_record_of_another_flow_is_none(self, either: Lab) -> None:
+        first = either.flow(of="a")
+        second = either.flow(of="a")
+        while either.record(second) != either.record(first):
+            second = either.flow(of="a")
+        either.drain("a")
+        for flow in (first, second):
+            assert either.syn(flow, 5000) == either.owner(flow) != "a"
+        assert either.send(first, ACK, 1 << 30) == either.owner(first), "it may be a new one, so nothing breaks"
+        assert either.send(second, ACK, 1 << 30) == "a"
+
+    def test_the_counts_stay_right(self, choosing: Lab) -> None:
+        choosing.start(service(flows=FlowMemory.ALL))
+        flows = choosing.flows_apart(50, of="a")
+        choosing.drain("a")
+        choosing.sent_to(flows, SYN, 1 << 20)
+        assert choosing.active()["a"] == 0
+        choosing.sent_to(flows, ACK, 1 << 30)
+        assert choosing.active() == {"a": 50, "b": 0, "c": 0}
 
 
 def test_when_all_drain_new_flows_are_refused_and_old_ones_stay(either: Lab) -> None:
