@@ -44,6 +44,10 @@ _FLOOD_EVERY = 50
 _ELEMENT_OVERHEAD = 48
 """Of an LRU hash, per element, beside key and value: struct htab_elem, kernel/bpf/hashtab.c."""
 _SYN, _ACK, _FIN = 0x02, 0x10, 0x11
+_STRANGER = 10
+"""One flow in so many gets a stranger's SYN, where that is asked for."""
+_AHEAD = 1 << 20
+"""How far a flow's sequence numbers come from each packet to the next."""
 _KINDS = ("fail", "recover", "drain", "ready", "weight", "add", "remove")
 _KEY = HashKey.derive("churn")
 
@@ -51,7 +55,8 @@ _KEY = HashKey.derive("churn")
 @dataclass(slots=True)
 class Outcome:
     """What a replay came to. `broken`: flows that changed backend though theirs neither failed nor was removed
-    meanwhile; `behind`: how many ticks the replay was late at most; `flood_per_s`: SYNs in a second of the machine.
+    meanwhile; `behind`: how many ticks the replay was late at most; `flood_per_s`: SYNs in a second of the machine;
+    `strangers`: SYNs on the ports of live flows.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Outcome:
     peak_remembered: int = 0
     behind: int = 0
     flood_per_s: int = 0
+    strangers: int = 0
 
 
 class Pool:
@@ -155,16 +161,25 @@ def _name(frame: bytes) -> str:
 
 
 class Replay:
-    """One trace through one program. `flood` sends so many spoofed SYNs."""
+    """One trace through one program. `flood` sends so many spoofed SYNs. With `strangers`, one live flow in ten
+    gets a SYN that is not its client's.
+    """
 
     def __init__(
-        self, outcome: Outcome, program: int, pool: Pool, seed: int, flood: Callable[[int], None] | None
+        self,
+        outcome: Outcome,
+        program: int,
+        pool: Pool,
+        seed: int,
+        flood: Callable[[int], None] | None,
+        strangers: bool = False,
     ) -> None:
         self.outcome = outcome
         self._program = program
         self._pool = pool
         self._random = np.random.default_rng(seed)
         self._flood = flood
+        self._strangers = strangers
         self._owners: dict[int, str] = {}
         self._excused: set[int] = set()
 
@@ -191,9 +206,16 @@ class Replay:
                 self._flood(_FLOOD_EVERY * FLOOD_PER_TICK)
                 flooded = now
                 spoofed += _FLOOD_EVERY * FLOOD_PER_TICK
+            if number and flow not in self._owners:
+                continue  # it broke
+            if number < 0:
+                self._stranger(flow)
+                continue
             last = number + 1 == len(times[flow])
-            if self._packet(flow, _SYN if number == 0 else _FIN if last else _ACK) and not last:
+            if self._packet(flow, _SYN if number == 0 else _FIN if last else _ACK, number) and not last:
                 heapq.heappush(events, (float(times[flow][number + 1]), flow, number + 1))
+            if self._strangers and number == 1 and flow % _STRANGER == 0:
+                heapq.heappush(events, (float(self._random.uniform(*times[flow][1:3])), flow, -1))
         self.outcome.flood_per_s = int(spoofed / ((fast.tick - start) * fast.tick_s))
         return self.outcome
 
@@ -223,9 +245,19 @@ class Replay:
         if self._flood is None:
             outcome.peak_remembered = max(outcome.peak_remembered, int(engine.plane.loads["active"].sum()))
 
-    def _packet(self, flow: int, flags: int) -> bool:
-        """Whether the flow lives on."""
-        run = syscall.test_run(self._program, _frame(flow, flags))
+    def _stranger(self, flow: int) -> None:
+        """A SYN on the ports of a flow. If another backend gets it, that one answers the client. A client that lives
+        answers with an acknowledgement of what it has (RFC 5961, section 4), and so does this one.
+        """
+        self.outcome.strangers += 1
+        number = int(self._random.integers(1 << 32))
+        run = syscall.test_run(self._program, _frame(flow, _SYN, number))
+        if _name(run.packet) != self._owners[flow]:
+            self._packet(flow, _ACK, 1)
+
+    def _packet(self, flow: int, flags: int, number: int) -> bool:
+        """Whether the flow lives on. `number` is the packet's, in its flow."""
+        run = syscall.test_run(self._program, _frame(flow, flags, _sequence(flow, number)))
         owner = _name(run.packet)
         self.outcome.packets += 1
         if flags == _SYN:
@@ -241,10 +273,25 @@ class Replay:
         return lives
 
 
-def _frame(flow: int, flags: int) -> bytes:
+def _sequence(flow: int, number: int) -> int:
+    """The first segment follows the SYN; what comes later is far ahead."""
+    return (flow * 0x9E3779B1 + min(number, 1) + max(number - 1, 0) * _AHEAD) % (1 << 32)
+
+
+def _frame(flow: int, flags: int, sequence: int = 0) -> bytes:
     client, port = (0x0B000000 | flow >> 4).to_bytes(4, "big"), (0x8000 | flow & 15).to_bytes(2, "big")
     network = b"\x45\x00\x00\x28" + bytes(4) + b"\x40\x06" + bytes(2) + client + ip_address("203.0.113.1").packed
-    return bytes(12) + b"\x08\x00" + network + port + b"\x00\x50" + bytes(8) + bytes([0x50, flags]) + bytes(6)
+    return (
+        bytes(12)
+        + b"\x08\x00"
+        + network
+        + port
+        + b"\x00\x50"
+        + sequence.to_bytes(4, "big")
+        + bytes(4)
+        + bytes([0x50, flags])
+        + bytes(6)
+    )
 
 
 def _clock(halved: int) -> Clock:
@@ -279,6 +326,7 @@ def replay(
     changes: int,
     *,
     flood: bool = False,
+    strangers: bool = False,
     conventional: bool = False,
     window: int = WINDOW,
     capacity: int = 262_144,
@@ -287,6 +335,7 @@ def replay(
 ) -> Outcome:
     """One trace, the same for the same numbers. A machine that is too busy for it may be in time at half the pace."""
     name = f"{'conventional' if conventional else 'xdplb'}{', under a flood of SYNs' if flood else ''}"
+    name += ", a stranger's SYN on every tenth flow" if strangers else ""
     with _open(window, capacity, _clock(halved)) as (plane, engine, flags), ExitStack() as kept:
         program = plane.program_fd
         if conventional:
@@ -300,7 +349,7 @@ def replay(
             kept.callback(loaded.close)
             program = loaded.programs["conventional"]
         sender = flooder(program, kept, _frame(0, _SYN)) if flood else None
-        return Replay(Outcome(name, flows), program, Pool(engine, seed), seed, sender).run(ticks, changes)
+        return Replay(Outcome(name, flows), program, Pool(engine, seed), seed, sender, strangers).run(ticks, changes)
 
 
 def flooder(program: int, kept: ExitStack, frame: bytes, flows: int = 1 << 24) -> Callable[[int], None]:
@@ -321,8 +370,9 @@ def flooder(program: int, kept: ExitStack, frame: bytes, flows: int = 1 << 24) -
 
 def measure(machine: dict[str, Any]) -> dict[str, Any]:
     """The JSON of `scripts/bench churn -o json`."""
-    runs = [(conventional, flood) for conventional in (False, True) for flood in (False, True)]
-    outcomes = [replay(200_000, 12_000, 48, flood=flood, conventional=conventional) for conventional, flood in runs]
+    kinds: list[dict[str, bool]] = [{}, {"flood": True}, {"strangers": True}]
+    runs = [kind | {"conventional": conventional} for conventional in (False, True) for kind in kinds]
+    outcomes = [replay(200_000, 12_000, 48, **run) for run in runs]
     return {"machine": machine, "cases": [asdict(outcome) for outcome in outcomes]}
 
 

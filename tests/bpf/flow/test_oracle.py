@@ -43,3 +43,10 @@ def test_no_flow_breaks_but_those_of_failed_and_removed_backends(bpf_able: None,
 
 def test_without_a_window_flows_break(bpf_able: None) -> None:
     assert replay(20_000, 1500, 42, window=0).broken > 50
+
+
+@pytest.mark.parametrize("flood", [False, True], ids=["quiet", "under a flood of SYNs"])
+def test_nor_does_a_strangers_syn_break_one(bpf_able: None, flood: bool) -> None:
+    outcome = replay(20_000, 1500, 42, flood=flood, strangers=True)
+    assert outcome.strangers > 1000
+    assert (outcome.broken, outcome.new_on_draining) == (0, 0)
