@@ -49,7 +49,7 @@ static __always_inline int by_kernel(struct packet *p, struct quoted *q, __u32 i
 	if (!service)
 		return verdict(XDP_ABORTED);
 	room = encapsulates(service) ? outer_length(service, backend) : 0;
-	if (p->length + room > backend->kernel_mtu)
+	if (p->length + room > backend->kernel_mtu && (room || !may_be_fragmented(p)))
 		return answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->kernel_mtu - room);
 	count_forwarded(id, p->length, (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);
 	if (encapsulates(service))

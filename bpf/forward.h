@@ -46,6 +46,24 @@ static __always_inline int no_backend(const struct packet *p, const struct servi
 	return drop(id, REASON(no_backend));
 }
 
+static __always_inline bool may_be_fragmented(const struct packet *p)
+{
+	return HAVE_IPV4 && p->version == 4 && !(p->ip4->fragment & be16(IP_DF)) && !is_icmp(p);
+}
+
+/* What may be fragmented is (cut.h); anything else is answered. */
+static __always_inline int too_big(const struct packet *p, const struct backend *backend, __u32 id, __u32 room)
+{
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (call) {
+		*call = (struct tail_call){ .service = backend->service, .kind = ANSWER_TOO_BIG, .mtu = backend->mtu - room };
+		call->backend = id;
+	}
+	return continue_at(p->ctx, may_be_fragmented(p) ? STAGE_CUT : STAGE_ANSWER);
+}
+
 /*
  * What every mode has in common: fits the way to the backend with `room` for what is put around it, has a hop left, is counted.
  * False where the packet is not to be forwarded; `*action` is what becomes of it then.
@@ -60,7 +78,7 @@ static __always_inline bool admit_with(struct packet *p, const struct backend *b
 		if (backend->flags & BACKEND_BY_KERNEL)
 			*action = leave_to_kernel(p->ctx, id);
 		else
-			*action = answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->mtu - room);
+			*action = too_big(p, backend, id, room);
 		return false;
 	}
 	count_forwarded(id, p->length, (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);

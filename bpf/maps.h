@@ -2,7 +2,7 @@
 /*
  * All maps. PIN(name) marks those that are pinned on bpffs, under a hash of this ABI; they outlive the daemon there.
  * PIN_OF_PROGRAM(name) is a pin for each loaded program: stages that two programs share would be those of the later one.
- * Everything that is not per CPU and no hash is BPF_F_MMAPABLE: the control plane writes it as memory.
+ * Everything that is not per CPU, no hash and no map of devices is BPF_F_MMAPABLE: the control plane writes it as memory.
  */
 #ifndef XDPLB_MAPS_H
 #define XDPLB_MAPS_H
@@ -75,6 +75,23 @@ BPF_TABLE_PINNED("array", __u32, __u64, answer_totals, ANSWER_TOTALS, PIN("answe
 
 BPF_TABLE_PINNED("array", __u32, struct link_facts, link_facts, 1 << LINK_SET_BITS, PIN("link_facts"), BPF_F_MMAPABLE);
 BPF_TABLE_PINNED("array", __u32, __u32, links_missed, LINKS_MISSED, PIN("links_missed"), BPF_F_MMAPABLE);
+
+/* How many copies of a packet that is cut have arrived (cut.h), by the number that they carry. */
+struct copy_count {
+	__u32 number;
+	__u32 seen;
+};
+
+/* The devices that get copies of what is to be cut, PIN("copies"); all entries are the same one. bcc's macro has no look-up. */
+struct copies_table_t {
+	int key;
+	int leaf;
+	int *(*lookup)(int *);
+	u64 (*redirect_map)(int, u64);
+	u32 max_entries;
+};
+__attribute__((section("maps/devmap"))) struct copies_table_t copies = { .max_entries = COPIES };
+BPF_TABLE_PINNED("array", __u32, struct copy_count, copy_counts, COPY_COUNTS, PIN("copy_counts"), BPF_F_MMAPABLE);
 
 BPF_TABLE_PINNED("percpu_array", __u32, struct tail_call, tail_calls, 1, PIN("tail_calls"), 0);
 BPF_TABLE_PINNED("percpu_array", __u32, struct found, founds, 1, PIN("founds"), 0);

@@ -17,6 +17,7 @@
  *   xdplb_by_kernel         changes packets that the kernel forwards, where XDP cannot send them (by_kernel.h)
  *   xdplb_untag             takes VLAN tags off what is forwarded
  *   xdplb_tunnel_error      reports about encapsulated packets
+ *   xdplb_cut               fragments that fit; for a tunnel its other half is in xdplb_probe
  *   xdplb_answer            makes the balancer's own replies
  *   xdplb_sweep, _forget    see no packet: the control plane runs them to age the flow cache, and when it removes a backend
  *   xdplb_explain           sees the packets that the control plane makes up
@@ -56,6 +57,7 @@
 #include "tunnel_mtu.h"
 #include "balance.h"
 #include "fullnat.h"
+#include "cut.h"
 #include "probe.h"
 #include "explain.h"
 
@@ -376,10 +378,23 @@ int xdplb_by_kernel(struct xdp_md *ctx)
 	return by_kernel(p, &quoted, call->backend, call->port);
 }
 
+int xdplb_cut(struct xdp_md *ctx)
+{
+	struct packet packet = {}, *p = &packet;
+	__u32 zero = 0;
+	struct tail_call *call = tail_calls.lookup(&zero);
+
+	if (!call || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
+		return verdict(XDP_ABORTED);
+	return fragment(p, call);
+}
+
 int xdplb_probe(struct xdp_md *ctx)
 {
 	struct packet packet = {}, *p = &packet;
 
+	if (HAVE_TUNNELS && is_order(ctx))
+		return cut_fragment(ctx);
 	if (!HAVE_PROBES || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
 		return XDP_DROP;
 	return probe(p);

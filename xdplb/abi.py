@@ -40,6 +40,12 @@ FLOW_WRAPPING = 3072
 """An idle time in ticks at which a flow must be forgotten, before its tick (12 bits) comes round and it looks alive."""
 TUNNEL_MTU_TICKS = 600
 """How long a report holds that the way of a tunnel carries less than its interface: ten minutes (RFC 1191 6.3)."""
+COPIES = 4
+"""Into how many fragments a packet can be cut that does not fit a tunnel."""
+MOST_TO_CUT = 3300
+"""Bytes of an IP packet that is cut: it has to fit the pair of interfaces where that is done."""
+MIN_MTU_TO_CUT = 552
+COPY_COUNTS = 256
 TUNNEL_NEWS = 64
 """How many of the latest reports say which tunnel they are about."""
 MAX_BACKEND_IDS = 1 << 17
@@ -115,6 +121,7 @@ class Stage(enum.IntEnum):
     BY_KERNEL = 14
     UNTAG = 15
     TUNNEL_ERROR = 16
+    CUT = 17
 
 
 class FlowState(enum.IntEnum):
@@ -264,6 +271,10 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "SLOT_BACKEND": SLOT_BACKEND,
         "TUNNEL_MTU_TICKS": TUNNEL_MTU_TICKS,
         "TUNNEL_NEWS": TUNNEL_NEWS,
+        "COPIES": COPIES,
+        "COPY_COUNTS": COPY_COUNTS,
+        "MOST_TO_CUT": MOST_TO_CUT,
+        "MIN_MTU_TO_CUT": MIN_MTU_TO_CUT,
         "MAX_BACKEND_IDS": MAX_BACKEND_IDS,
         "BACKEND_GONE": BACKEND_GONE,
         "FLOW_WRAPPING": FLOW_WRAPPING,

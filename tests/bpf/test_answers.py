@@ -130,6 +130,8 @@ def unreachables() -> Iterator[Case]:
 def too_big(title: str, mode: Mode, build: Build, size: int, tags: Tags = (), **fields: object) -> Case:
     flow = Flow(CLIENT[mode.version], mode.vip, port=90, **fields)  # type: ignore[arg-type]
     sent = build(flow)
+    if mode.version == 4:
+        sent.flags = "DF"  # or it would be fragmented
     kind = (3, 4, size) if mode.version == 4 else (2, 0, size)
     packet = icmp_answer(flow.back(), kind, raw(sent)[:MAX_QUOTE])
     return answer(title, sent, packet, drop("too_big", f"{mode.name} small"), tags)

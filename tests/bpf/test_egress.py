@@ -106,13 +106,26 @@ def test_fragments_follow_their_first(world: World, mode: Mode) -> None:
 @pytest.mark.parametrize("mode", FORWARDED, ids=lambda mode: mode.name)
 def test_what_does_not_fit_is_answered_as_ever(world: World, mode: Mode) -> None:
     service = f"{mode.name} small"
-    packet = frame(udp(bytes(SMALL_MTU))(Flow(CLIENT[mode.version], mode.vip, port=90)))
+    packet = udp(bytes(SMALL_MTU))(Flow(CLIENT[mode.version], mode.vip, port=90))
+    if mode.version == 4:
+        packet.flags = "DF"
+    packet = frame(packet)
     usual = world.run(packet)
     lead(world, service, True)
     try:
         assert world.run(packet) == usual and usual[0] is Verdict.TX
     finally:
         lead(world, service, False)
+
+
+def test_with_nat_the_kernel_makes_fragments_of_what_may_be_fragmented(world: World) -> None:
+    packet = frame(udp(bytes(SMALL_MTU))(Flow(CLIENT[4], NAT[4].vip, port=90)))
+    usual = world.run(packet)
+    lead(world, "nat4 small", True)
+    try:
+        assert world.run(packet) == usual and usual[0] is Verdict.PASS and usual[1] != raw(packet)
+    finally:
+        lead(world, "nat4 small", False)
 
 
 @pytest.mark.parametrize("mode", FORWARDED, ids=lambda mode: mode.name)

@@ -152,7 +152,7 @@ def test_generic_mode_balances_too_and_leaves_aggregation_as_it_was(lab: Laborat
         lab.gateway.shell(f"ethtool -K {name} gro on")
     try:
         with balancing(lab, *services_of(lab, forward), options=["--mode", "generic"]) as balancer:
-            assert {xdp["mode"] for xdp in balancer.attached().values()} == {2}
+            assert {balancer.attached()[name]["mode"] for name in lab.gateway.interfaces} == {2}
             for name in lab.gateway.interfaces:
                 assert "generic-receive-offload: off" in lab.gateway.shell(f"ethtool -k {name}")
             for version in VERSIONS:

@@ -1,6 +1,7 @@
 """The interfaces of checks through a service's address: a veth pair, with xdplb's program for them on one end.
 
-Sockets of checks are bound to the other end. The answers come in there: the main program recognizes them.
+Sockets of checks are bound to the other end. The answers come in there: the main program recognizes them. Packets that
+are cut into fragments for a tunnel go through the pair as well (bpf/cut.h).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 
+from xdplb import abi
 from xdplb.daemon.ledger import Ledger
 from xdplb.daemon.network import Network
 from xdplb.daemon.upkeep import Difference
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 
 _SETTINGS = {"accept_local": "1", "rp_filter": "2"}
 """The answers come from an address of this host, which its routes know elsewhere."""
+
+_MTU = abi.MOST_TO_CUT + 100
+"""Room for the largest packet that is cut, and what goes before it. A veth with XDP cannot have much more."""
 
 _DUMMY = ip_address("192.0.0.8")
 """The IPv4 dummy address (RFC 7600): an interface without any takes nothing that the reverse path filter looks at."""
@@ -80,8 +85,9 @@ class ProbeLink:
     async def make(self, config: Config, program: int) -> Ends | None:
         """None where `config` needs none; then there is none."""
         vips = sorted({s.listen.address for s in config.services if s.probes_by_vip}, key=str)
+        cuts = any(s.forward.encapsulates and s.listen.address.version == 4 for s in config.services)
         self._forget()
-        if not vips:
+        if not vips and not cuts:
             await self._remove()
             return None
         ends = await self._make(vips, program)
@@ -101,7 +107,7 @@ class ProbeLink:
             Difference(
                 "probes-left-out",
                 self._device,
-                f"{self._device} does not work, so checks through services' addresses have no answer",
+                f"{self._device} does not work: no checks through services' addresses, and no fragments for tunnels",
                 f"ip link del {self._device}",
                 partial(self._renew, wanted),
                 f"{self._device} did not work: made again",
@@ -123,7 +129,8 @@ class ProbeLink:
 
     async def _make(self, vips: Sequence[Address], program: int) -> Ends:
         present = {interface.name: interface for interface in await self._network.interfaces()}
-        if not {self._device, _peer(self._device)} <= present.keys():
+        names = {self._device, _peer(self._device)}
+        if not names <= present.keys() or any(present[name].mtu != _MTU for name in names):
             await self._make_pair()
             present = {interface.name: interface for interface in await self._network.interfaces()}
         ends = Ends(present[self._device], present[_peer(self._device)])
@@ -138,8 +145,8 @@ class ProbeLink:
             await self._network.remove_interface(left)
         self._ledger.probe_link = self._device
         self._ledger.save()
-        await self._network.add_pair(self._device, _peer(self._device))
-        log.info("made %s, for checks through services' addresses", self._device)
+        await self._network.add_pair(self._device, _peer(self._device), _MTU)
+        log.info("made %s, for checks through services' addresses, and for fragments", self._device)
 
     def _set(self) -> None:
         for name, value in _SETTINGS.items():

@@ -221,7 +221,9 @@ class Reloader:
         )
 
     async def _lead_probes(self, engine: Engine) -> None:
-        """Checks through services' addresses, if there are any. If they cannot be, backends keep their states."""
+        """Checks through services' addresses, if there are any: else backends keep their states. So go fragments for
+        tunnels.
+        """
         ends, trouble = None, None
         try:
             ends = await self._host.lead_probes(self.config, engine.plane.probe_fd)
@@ -230,14 +232,16 @@ class Reloader:
         self._alarms.set(
             trouble is not None,
             "probes-left-out",
-            f"checks through services' addresses are left out: {said(trouble) if trouble else ''}",
+            "checks through services' addresses, and fragments for tunnels, are left out: "
+            f"{said(trouble) if trouble else ''}",
             "mend it on this host, then: xdplb reload",
         )
         self.probe_by(ends)
 
     def probe_by(self, ends: Ends | None) -> None:
-        """These interfaces lead checks through services' addresses now."""
+        """These interfaces lead checks through services' addresses, and what is cut into fragments, now."""
         if self.engine is not None:
+            self.engine.plane.copy_to(ends.inner.index if ends is not None else None)
             self._monitor.probe_by(self.engine.plane, ends, self.config)
 
     def _forget_overrides(self) -> None:

@@ -141,7 +141,7 @@ class Dataplane:
 
     @property
     def probe_fd(self) -> int:
-        """The program of checks through services' addresses, for an interface of its own."""
+        """The program of checks through services' addresses, and of fragments, for an interface of its own."""
         return self.programs[PROBE]
 
     @property
@@ -156,6 +156,16 @@ class Dataplane:
     def trust_until(self, tick: int) -> None:
         """Up to then the packet path takes the daemon for alive; it asks only with Features.watchdog."""
         self._directory[1] = tick & 0xFFFFFFFF
+
+    def copy_to(self, ifindex: int | None) -> None:
+        """Has what is to be cut go to that interface, whose peer runs the program of `probe_fd`; None: nowhere."""
+        for index in range(abi.COPIES):
+            key = index.to_bytes(4, "little")
+            if ifindex is None:
+                with suppress(OSError):
+                    syscall.delete(self.fd("copies"), key)
+            else:
+                syscall.update(self.fd("copies"), key, ifindex.to_bytes(4, "little"))
 
     def sweep(self) -> None:
         """Has the program that ages the flow cache go through it once."""
@@ -412,12 +422,17 @@ def _pinned(entry: CompiledMap, path: Path) -> int | None:
     return descriptor
 
 
+_READ_ONLY = 1 << 7
+"""BPF_F_RDONLY_PROG"""
+
+
 def _difference(there: syscall.MapDefinition, wanted: syscall.MapDefinition) -> str:
     if there.max_entries != wanted.max_entries:
         return "of the size that is needed"
     if (there.key_size, there.value_size) != (wanted.key_size, wanted.value_size):
         return "a map with keys and values of the sizes that are needed"
-    if (there.type, there.flags) != (wanted.type, wanted.flags):
+    # the kernel itself marks maps of devices as read-only for programs (kernel/bpf/devmap.c)
+    if (there.type, there.flags & ~_READ_ONLY) != (wanted.type, wanted.flags & ~_READ_ONLY):
         return "a map of the type that is needed"
     return ""
 

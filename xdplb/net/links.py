@@ -237,13 +237,13 @@ class Links:
             if code not in (errno.ENODEV, errno.ENETDOWN, errno.ENOENT, errno.ENXIO):
                 raise _refused(f"cannot release the neighbour {entry.key.address}", code)
 
-    async def add_pair(self, name: str, peer: str) -> None:
+    async def add_pair(self, name: str, peer: str, mtu: int) -> None:
         """Two interfaces with a cable between, which no neighbour is asked for on and no address comes to by itself."""
         try:
             await self._netlink.link("add", ifname=name, kind="veth", peer=peer)
             for each in (peer, name):
                 index = (await self.interface(each)).index
-                await self._netlink.link("set", index=index, arp=False)
+                await self._netlink.link("set", index=index, arp=False, mtu=mtu)
                 await self._netlink.link("set", index=index, state="up")
         except NetlinkError as error:
             raise _failed(f"cannot make the interfaces {name} and {peer}", error) from error

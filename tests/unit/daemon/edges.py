@@ -93,6 +93,9 @@ class Plane:
     def set_counters(self, map_name: str, index: int, values: np.ndarray) -> None:
         pass
 
+    def copy_to(self, ifindex: int | None) -> None:
+        pass
+
     def trust_until(self, tick: int) -> None:
         self.trusted_until = tick
 
@@ -174,7 +177,7 @@ class Kernel:
 
         yield changes()
 
-    async def add_pair(self, name: str, peer: str) -> None:
+    async def add_pair(self, name: str, peer: str, mtu: int) -> None:
         self._do(f"add {name} and {peer}")
 
     async def remove_interface(self, name: str) -> bool:
