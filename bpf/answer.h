@@ -222,11 +222,12 @@ static __always_inline int answer_unreachable(struct packet *p)
 	return answer_icmp(p, ICMPV6_UNREACHABLE, ICMPV6_PORT_UNREACHABLE, 0);
 }
 
+/* Over IPv6 never less than any link carries: a host would not heed that (RFC 8201 4). */
 static __always_inline int answer_too_big(struct packet *p, __u32 mtu)
 {
 	if (p->version == 4)
 		return answer_icmp(p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, be32(mtu));
-	return answer_icmp(p, ICMPV6_TOO_BIG, 0, be32(mtu));
+	return answer_icmp(p, ICMPV6_TOO_BIG, 0, be32(mtu < IPV6_MIN_MTU ? IPV6_MIN_MTU : mtu));
 }
 
 #endif

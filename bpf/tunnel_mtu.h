@@ -12,7 +12,6 @@
 #include "icmp.h"
 
 #define LEAST_MTU_IPV4 552 /* Linux' net.ipv4.route.min_pmtu */
-#define LEAST_MTU_IPV6 1280
 
 /* Is it "fragmentation needed" or "packet too big"? `mtu` is what it reports. */
 static __always_inline bool reports_too_big(const struct packet *p, __u32 *mtu)
@@ -29,8 +28,8 @@ static __always_inline bool reports_too_big(const struct packet *p, __u32 *mtu)
 	}
 	if (icmp->unused)
 		*mtu = 0xffff;
-	if (*mtu < LEAST_MTU_IPV6)
-		*mtu = LEAST_MTU_IPV6;
+	if (*mtu < IPV6_MIN_MTU)
+		*mtu = IPV6_MIN_MTU;
 	return icmp->type == ICMPV6_TOO_BIG;
 }
 

@@ -33,6 +33,8 @@
 #define TCP_RST 0x04
 #define TCP_ACK 0x10
 
+#define IPV6_MIN_MTU 1280
+
 #define AF_INET 2
 #define AF_INET6 10
 

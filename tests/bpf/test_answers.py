@@ -132,7 +132,7 @@ def too_big(title: str, mode: Mode, build: Build, size: int, tags: Tags = (), **
     sent = build(flow)
     if mode.version == 4:
         sent.flags = "DF"  # or it would be fragmented
-    kind = (3, 4, size) if mode.version == 4 else (2, 0, size)
+    kind = (3, 4, size) if mode.version == 4 else (2, 0, max(size, 1280))
     packet = icmp_answer(flow.back(), kind, raw(sent)[:MAX_QUOTE])
     return answer(title, sent, packet, drop("too_big", f"{mode.name} small"), tags)
 
