@@ -21,7 +21,7 @@ from fuzz.model import DROP, PASS, REDIRECT, TX, VERDICTS, Expected, Model, Seen
 from fuzz.wire import faults
 from fuzz.worlds import SMALL, config
 from xdplb.abi import BackendFlag, FlowTimes
-from xdplb.core import requirements
+from xdplb.core import link_facts, requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.nat_replies import shared_backends
 from xdplb.core.operations import Applied
@@ -30,7 +30,7 @@ from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
-from xdplb.model import Admin, BackendKey, Forward, HealthState
+from xdplb.model import Admin, BackendKey, Forward, HealthState, Protocol
 
 KEY = HashKey.derive("fuzz")
 HASH = Hash(KEY.seed, KEY.factor)
@@ -38,6 +38,8 @@ MTU, SMALL_MTU = 1500, 1300
 WINDOW = 900
 TIMES = FlowTimes(opening=60, established=900, closing=120, datagram=300, reuse=60, budget=1 << 30, tick_shift=40)
 """Time stands still until a step lets it pass."""
+ANSWERS = ("rejected", "too_big", "ports_in_use")
+"""Rules after which the packet path answered."""
 FRONT_SIDE, BACK_SIDE = "front", "back"
 LARGEST = 3400
 """The largest frame that a test run takes."""
@@ -147,7 +149,10 @@ class Arena:
                 self._begin(BackendKey(service.name, backend.name), number)
         self.engine.apply_all()
         self.run = Runner(plane.program_fd)
-        self._fragments, self._nat_flows = HashMap(plane.fd("fragments")), HashMap(plane.fd("nat_flows"))
+        self._fragments = HashMap(plane.fd("fragments"))
+        self._answers = [
+            np.frombuffer(syscall.map_memory(plane.fd(name)), np.uint64) for name in ("answer_budgets", "answer_totals")
+        ]
         self.gateway = self._gateway()
         self.model = Model(self.gateway, HASH, self._counted_more)
         self._sources = [bytes(a.packed) for version in (4, 6) for a in self.config.sources(version)]
@@ -201,7 +206,7 @@ class Arena:
             self._changed = False
             self._refresh_all()
         self.model.forget()
-        self.model.flows.tick = 0
+        self.model.flows.tick = self.model.nat.tick = 0
         self._forget()
         plane.loads["active"][: max(self.gateway.servers) + 1] = 0
         zero = bytes(8) * syscall.possible_cpus()
@@ -213,12 +218,12 @@ class Arena:
     def _forget(self) -> None:
         plane = self.plane
         plane.flow_words[np.flatnonzero(plane.flow_words)] = 0
-        plane.direct_seen[:] = 0
+        plane.nat_words[np.flatnonzero(plane.nat_words)] = 0
+        plane.nat_hints[:] = 0
         if self._sources:
             words = plane.snat_words
             words[np.flatnonzero(words)] = 0
         self._fragments.take()
-        self._nat_flows.take()
 
     # Steps.
 
@@ -228,18 +233,27 @@ class Arena:
             self.frames += 1
             ifindex = self.interfaces[step.what]
             seen = self.run(step.argument, ifindex)
-            return Result(seen, self.model.judge(step.argument, ifindex, seen), self.model.rule)
+            result = Result(seen, self.model.judge(step.argument, ifindex, seen), self.model.rule)
+            if result.rule in ANSWERS:
+                self._grant_answers()
+            return result
         if step.what == "age":
             self._age(int(step.argument))
         else:
             self._change(step.what, BackendKey(*step.argument.decode().rsplit("/", 1)))
         return None
 
+    def _grant_answers(self) -> None:
+        """How many there may be is a matter of real time, and not judged here."""
+        for memory in self._answers:
+            memory[:] = 0
+
     def _age(self, ticks: int) -> None:
         """Everything that is dated becomes so much older."""
         deadlines = self.plane.transitions["deadline"].astype(np.int64) - ticks
         self.plane.transitions["deadline"] = np.maximum(deadlines, 0)
-        for words in (self.plane.flow_words, *([self.plane.snat_words] if self._sources else [])):
+        self.model.nat.tick += ticks
+        for words in (self.plane.flow_words, self.plane.nat_words, *([self.plane.snat_words] if self._sources else [])):
             used = np.flatnonzero(words)
             words[used] = aged(words[used], ticks)
         self.model.flows.tick += ticks
@@ -286,7 +300,7 @@ class Arena:
                     bytes(entry.macs[6:]),
                     entry.ifindex,
                     entry.mtu,
-                    key in shared,
+                    service.forward is Forward.NAT and (key in shared or service.listen.protocol is Protocol.UDP),
                 )
                 gateway.servers[number] = front.servers[number] = server
                 if service.forward is Forward.NAT:
@@ -294,6 +308,12 @@ class Arena:
         for servers in gateway.answering.values():
             servers.sort(key=lambda server: server.id)
         gateway.pool = [a.packed for version in (4, 6) for a in self.config.sources(version)]
+        gateway.macs = {
+            self.interfaces[side]: frozenset({_mac(mac)})
+            for side, mac in ((FRONT_SIDE, FRONT_MAC), (BACK_SIDE, BACK_MAC))
+        }
+        facts = {index: link_facts.LinkFacts(macs) for index, macs in gateway.macs.items()}
+        link_facts.write(self.plane.link_words, facts)
         gateway.tunnel_sources = {version: ip_address(OWN[version]).packed for version in (4, 6)}
         self._routes(gateway)
         self.gateway = gateway
@@ -397,19 +417,11 @@ class Arena:
             for (s, d, ident, protocol), (server, reply) in model.fragments.items()
         }
         found += _unequal("fragments", fragments, wanted)
-        nat_flows = {
-            (
-                _address(k[:16]),
-                int.from_bytes(k[32:34], "big"),
-                _address(k[16:32]),
-                int.from_bytes(k[34:36], "big"),
-                k[36],
-            ): int.from_bytes(v, "little")
-            for k, v in self._nat_flows.take()
-        }
-        found += _unequal("NAT flows", nat_flows, model.nat_flows)
-        direct = {int(n) for n in np.flatnonzero(plane.direct_seen)}
-        found += _unequal("seen directly", dict.fromkeys(direct, 1), dict.fromkeys(model.direct_seen, 1))
+        words = plane.nat_words[np.flatnonzero(plane.nat_words)]
+        nat = Counter((int(w) >> 14 & 0x1FFFF, bool(int(w) >> 31 & 1), int(w) & 3) for w in words)
+        found += _unequal("NAT flows (owner, moved, state)", nat, model.nat.states())
+        looked_at = {int(n): 1 for n in np.flatnonzero(plane.nat_hints["looks"])}
+        found += _unequal("looked at", looked_at, dict.fromkeys(model.nat.looked_at, 1))
         if self._sources:
             words = plane.snat_words[np.flatnonzero(plane.snat_words)]
             states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3) for w in words)
@@ -472,7 +484,7 @@ def opened(name: str, interfaces: Mapping[str, int], pins: os.PathLike[str]) -> 
     """A world with a program specialised to it, gone afterwards."""
     wanted = config(name)
     features = requirements.features(wanted, tx_by_redirect=False, times=TIMES)
-    geometry = replace(requirements.geometry(wanted), services=256, nat_flows=4096, fragments=4096, flow_sets=4096)
+    geometry = replace(requirements.geometry(wanted), services=256, nat_sets=4096, fragments=4096, flow_sets=4096)
     plane = loader.open_dataplane(features, geometry, KEY, pins)  # type: ignore[arg-type]
     try:
         yield Arena(name, plane, interfaces)

@@ -9,7 +9,9 @@ from xdplb.model import Service
 
 @dataclass(slots=True)
 class Server:
-    """A backend. `port` None: it takes the packet's own. `up`, `keeps`, `weight`: what the control plane said last."""
+    """A backend. `port` None: it takes the packet's own. `up`, `keeps`, `weight`: what the control plane said last.
+    `per_flow`: its replies do not say of which flow they are.
+    """
 
     id: int
     name: str
@@ -20,7 +22,7 @@ class Server:
     own_mac: bytes
     ifindex: int
     mtu: int
-    shared: bool = False
+    per_flow: bool = False
     up: bool = True
     keeps: bool = False
     weight: int = 1
@@ -88,7 +90,8 @@ _LINK_LOCAL, _BEHIND, _LOOPBACK = b"\xfe\x80", b"\xfe\xc0", bytes(15) + b"\1"
 @dataclass(slots=True)
 class Gateway:
     """`listening`: an address to its services. `pool`: source addresses of full NAT, in order. `answering`: a NAT
-    backend's address to its servers. `hosts` and `networks` are routes.
+    backend's address to its servers. `macs`: by interface, this host's own. `hosts` and `networks`
+    are routes.
     """
 
     fronts: dict[int, Front] = field(default_factory=dict)
@@ -97,6 +100,7 @@ class Gateway:
     pool: list[bytes] = field(default_factory=list)
     answering: dict[bytes, list[Server]] = field(default_factory=dict)
     tunnel_sources: dict[int, bytes] = field(default_factory=dict)
+    macs: dict[int, frozenset[bytes]] = field(default_factory=dict)
     hosts: dict[bytes, Route] = field(default_factory=dict)
     networks: list[tuple[bytes, Route]] = field(default_factory=list)
 

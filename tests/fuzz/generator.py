@@ -9,7 +9,7 @@ from collections import deque
 from ipaddress import ip_address
 from random import Random
 
-from packets import BACKEND_MAC, BEHIND_ROUTER, CLIENT, CLIENT_MAC, FRONT_MAC, ROUTER
+from packets import BACK_MAC, BACKEND_MAC, BEHIND_ROUTER, CLIENT, CLIENT_MAC, FRONT_MAC, ROUTER
 from world import NARROW, OWN, UNREACHABLE
 
 from fuzz.arena import LARGEST, Arena, Result, Step
@@ -34,6 +34,7 @@ from fuzz.wire import (
 )
 
 _MACS = [bytes.fromhex(mac.replace(":", "")) for mac in (FRONT_MAC, CLIENT_MAC, BACKEND_MAC)]
+_OWN_MACS = {side: bytes.fromhex(mac.replace(":", "")) for side, mac in (("front", FRONT_MAC), ("back", BACK_MAC))}
 _MANY = (b"\xff" * 6, bytes.fromhex("01005e000005"), bytes.fromhex("333300000001"))
 _FLAGS = (SYN,) * 6 + (ACK,) * 6 + (PSH | ACK,) * 4 + (FIN | ACK,) * 3 + (RST, RST | ACK, SYN | ACK, FIN, 0, SYN | FIN)
 _TAGS = (b"\x81\x00", b"\x88\xa8")
@@ -216,7 +217,7 @@ class Generator:
     ) -> tuple[str, bytes]:
         """In IP and Ethernet, sometimes with options, extension headers and tags, and sometimes cut into fragments."""
         random = self.random
-        link = self._link(version)
+        link = self._link(side, version)
         hops = 64 if random.random() < 0.9 else random.choice((255, 2, 1, 0))
         tos = random.choice((0, 0, 0xB8, 0x03, random.randrange(256)))
         if random.random() < 0.08:
@@ -232,11 +233,10 @@ class Generator:
             frame += random.randbytes(random.randrange(1, 48))
         return side, frame
 
-    def _link(self, version: int) -> bytes:
+    def _link(self, side: str, version: int) -> bytes:
         random = self.random
-        macs = random.choice(_MACS) + random.choice(_MACS)
-        if random.random() < 0.02:
-            macs = random.choice(_MANY) + macs[6:]
+        destination = _OWN_MACS[side] if random.random() < 0.96 else random.choice((*_MANY, *_MACS))
+        macs = destination + random.choice(_MACS)
         tags = b""
         r = random.random()
         if r < 0.15:

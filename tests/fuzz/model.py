@@ -14,6 +14,7 @@ from reference import Hash
 from fuzz import rewriting
 from fuzz.flows import CLOSING, OPENING, OPENING_LASTS, Flows, Memory, is_new, state_of
 from fuzz.gateway import Front, Gateway, Route, Server
+from fuzz.nat import NatFlows, begins_connection
 from fuzz.wire import (
     DESTINATION,
     FIN,
@@ -24,6 +25,7 @@ from fuzz.wire import (
     RST,
     TCP,
     UDP,
+    WHOLE,
     Packet,
     Quoted,
     number,
@@ -67,10 +69,6 @@ class Seen:
     frame: bytes
 
 
-FlowKey = tuple[bytes, int, bytes, int, int]
-"""A client's flow to a NAT backend: client, its port, backend, its port, protocol."""
-
-
 class Model:
     def __init__(
         self, gateway: Gateway, hasher: Hash, counted_more: Callable[[Front], Server | None] = lambda front: None
@@ -81,8 +79,7 @@ class Model:
         self.counters: Counter[str] = Counter()
         self.flows = Flows(gateway, hasher, self.counters)
         self.fragments: dict[tuple[bytes, bytes, bytes, int], tuple[int, bool]] = {}
-        self.nat_flows: dict[FlowKey, int] = {}
-        self.direct_seen: set[int] = set()
+        self.nat = NatFlows(gateway, hasher)
         self.mappings: dict[tuple[bytes, int], Mapping] = {}
         self.mapped: dict[tuple[int, bytes, tuple[int, int]], tuple[bytes, int]] = {}
         self.hidden: set[tuple[bytes, int]] = set()
@@ -93,7 +90,8 @@ class Model:
     def forget(self) -> None:
         """All that packets taught."""
         self.flows.known.clear()
-        for memory in (self.fragments, self.nat_flows, self.direct_seen, self.mappings, self.mapped, self.hidden):
+        self.nat.forget()
+        for memory in (self.fragments, self.mappings, self.mapped, self.hidden):
             memory.clear()
         self.counters.clear()
 
@@ -107,8 +105,8 @@ class Model:
         p = self.packet = read(frame)
         if p is None:
             return self._kernel(frame, "no IP")
-        if frame[0] & 1:
-            return self._kernel(frame, "to many hosts")
+        if not self._is_for_this_host(frame):
+            return self._kernel(frame, "to another host")
         if self.gateway.is_own(p.destination):
             return self._to_own_address(p)
         if p.broken or not self.gateway.answering:
@@ -116,6 +114,11 @@ class Model:
         if p.is_icmp and not self._is_hidden_error(p):
             return self._error_to_client(p)
         return self._from_or_to_backend(p)
+
+    def _is_for_this_host(self, frame: bytes) -> bool:
+        """RFC 1812 5.3.4, RFC 1122 3.3.6."""
+        macs = self.gateway.macs.get(self.arrives)
+        return not frame[0] & 1 and (macs is None or frame[:6] in macs)
 
     # How packets end.
 
@@ -174,8 +177,17 @@ class Model:
             return self._full_nat(p, front, server)
         self._teach(p, server.id, False)
         if front.forward == "nat":
-            self._remember_service(p, server)
+            return self._nat(p, front, server)
         return self._forward(p, front, server)
+
+    def _nat(self, p: Packet, front: Front, server: Server) -> Expected:
+        header = 20 if p.version == 4 else 40
+        is_plain = p.at == UNTAGGED and p.start == p.at + header and p.fragment == WHOLE
+        way = self.nat.way(p, server, is_plain)
+        if way.refused:
+            return self._refuse(p, front.id, "ports_in_use")
+        source = (p.source, way.port) if way.written else None
+        return self._forward(p, front, server, source)
 
     def _seen_server(self, front: Front) -> Server | None:
         """To which backend the packet went, by the MAC address of its frame. If it did not go, the choice shows only in
@@ -200,13 +212,13 @@ class Model:
             return True
         return self.gateway.is_own(source)
 
-    def _forward(self, p: Packet, front: Front, server: Server) -> Expected:
+    def _forward(self, p: Packet, front: Front, server: Server, source: tuple[bytes, int] | None = None) -> Expected:
         refused = self._admit(p, server, rewriting.outer_length(front, server))
         if refused:
             return refused
         frame = rewriting.hop(p, p.frame)
         if front.forward == "nat":
-            frame = rewriting.translate(p, frame, None, (server.address, server.port or 0))
+            frame = rewriting.translate(p, frame, source, (server.address, server.port or 0))
         return self._deliver(p, frame, front, server, self.flows.hash(front, p.source, p.ports))
 
     def _admit(self, p: Packet, server: Server, around: int) -> Expected | None:
@@ -234,15 +246,20 @@ class Model:
         """RFC 1122 3.2.2, RFC 4443 2.4(e). Nothing here is for a frame to many hosts any more, nor from a martian."""
         if p.is_icmp or p.fragment == LATER:
             return False
-        return p.version == 6 or (0 < p.source[0] < 224 and p.source[0] != 127)
+        if p.version == 6:
+            return p.source[0] != 0xFF and int.from_bytes(p.source) > 1
+        return 0 < p.source[0] < 224 and p.source[0] != 127
 
     def _reject(self, p: Packet, front: Front) -> Expected:
         if not front.rejects:
             return self._drop(p, front.id, "no_backend")
+        return self._refuse(p, front.id, "rejected")
+
+    def _refuse(self, p: Packet, service: int, reason: str) -> Expected:
         if not self._answerable(p) or p.flags & RST:
-            return self._drop(p, front.id, "unanswerable")
+            return self._drop(p, service, "unanswerable")
         frame = rewriting.reset(p) if p.protocol == TCP else rewriting.unreachable(p)
-        return self._answer(p, front.id, "rejected", frame)
+        return self._answer(p, service, reason, frame)
 
     def _too_big(self, p: Packet, service: int, mtu: int) -> Expected:
         if not self._answerable(p):
@@ -292,34 +309,27 @@ class Model:
             return self._kernel(p.frame, "fragment past services")
         if p.protocol not in (TCP, UDP) or not read_transport(p):
             return self._kernel(p.frame, "no reply")
-        server = self._reply_from(p.source, p.ports[0], p.destination, p.ports[1], p.protocol)
-        if server:
-            self._teach(p, server.id, True)
-            return self._reply(p, server)
-        self._remember_direct(p)
-        return self._kernel(p.frame, "past services")
+        named = gateway.answers_from(p.source, p.protocol, p.ports[0])
+        if named and begins_connection(p):
+            self.nat.note_own(p, named)
+        elif named:
+            reply = self.nat.read(p, named)
+            if reply.server:
+                self._teach(p, reply.server.id, True)
+                return self._reply(p, reply.server, reply.client_port)
+        return self._past_services(p)
 
-    def _reply_from(self, backend: bytes, port: int, client: bytes, client_port: int, protocol: int) -> Server | None:
-        """Of which backend entry's flow it is. Its source says that, but where several are behind it."""
-        server = self.gateway.answers_from(backend, protocol, port)
-        if server is None or not (server.shared or server.id in self.direct_seen):
-            return server
-        known = self.nat_flows.get((client, client_port, backend, port, protocol), server.id)
-        return self.gateway.servers.get(known)
+    def _past_services(self, p: Packet) -> Expected:
+        """From a NAT backend that opens something, or to its own address."""
+        to = self.gateway.answers_from(p.destination, p.protocol, p.ports[1])
+        held = self.nat.refused_directly(p, to) if to else None
+        if held is None:
+            return self._kernel(p.frame, "past services")
+        owner = self.gateway.servers.get(held.owner)
+        return self._refuse(p, owner.service if owner else 0, "ports_in_use")
 
-    def _remember_service(self, p: Packet, server: Server) -> None:
-        """Towards a NAT backend whose replies do not say of which service they are."""
-        if server.shared or server.id in self.direct_seen:
-            self.nat_flows[p.source, p.ports[0], server.address, server.port or p.ports[1], p.protocol] = server.id
-
-    def _remember_direct(self, p: Packet) -> None:
-        """A client that talks to a NAT backend itself."""
-        server = self.gateway.answers_from(p.destination, p.protocol, p.ports[1])
-        if server:
-            self.direct_seen.add(server.id)
-            self.nat_flows[p.source, p.ports[0], p.destination, p.ports[1], p.protocol] = TO_KERNEL
-
-    def _reply(self, p: Packet, server: Server) -> Expected:
+    def _reply(self, p: Packet, server: Server, client_port: int = 0) -> Expected:
+        """`client_port`: the client's, where the backend knows another one."""
         front = self.gateway.fronts[server.service]
         if p.hops <= 1:
             return self._kernel(p.frame, "no hop left")
@@ -328,7 +338,8 @@ class Model:
         if route.kind == "none" or (not fits and not self._may_be_cut(p)):
             return self._kernel(p.frame, "reply for the kernel")
         self._count_reply(p, server)
-        frame = rewriting.translate(p, p.frame, (front.address, front.port if server.port else 0))
+        destination = (p.destination, client_port) if client_port else None
+        frame = rewriting.translate(p, p.frame, (front.address, front.port if server.port else 0), destination)
         return self._by_route(p, frame, route if fits else None)
 
     def _may_be_cut(self, p: Packet) -> bool:
@@ -373,7 +384,11 @@ class Model:
         frame = p.frame
         if front.forward == "nat":
             quoted = server.address, server.port or 0
-            frame = rewriting.translate_error(p, q, destination=server.address, quoted_source=quoted)
+            port = self.nat.port_in_quotation(q.destination, ports[0], server, server.port or ports[1], q.protocol)
+            client = (q.destination, port) if port else None
+            frame = rewriting.translate_error(
+                p, q, destination=server.address, quoted_source=quoted, quoted_destination=client
+            )
         frame = rewriting.hop(p, frame)
         return self._deliver(p, frame, front, server, self.flows.hash(front, q.destination, ports))
 
@@ -387,9 +402,11 @@ class Model:
         q = read_error(p)
         if q is None or q.source != p.destination or q.destination not in self.gateway.answering:
             return self._kernel(p.frame, "ICMP")
-        server = self._reply_from(q.destination, q.ports[1], q.source, q.ports[0], q.protocol)
-        if server is None or p.hops <= 1:
+        named = self.gateway.answers_from(q.destination, q.protocol, q.ports[1])
+        reply = self.nat.find(named, q.source, q.ports[0], q.ports[1], q.protocol) if named else None
+        if reply is None or reply.server is None or p.hops <= 1:
             return self._kernel(p.frame, "ICMP")
+        server = reply.server
         front = self.gateway.fronts[server.service]
         source = front.address if p.source == q.destination else None
         route = self.gateway.route(p.destination, source or p.source)
@@ -398,7 +415,8 @@ class Model:
             return self._kernel(p.frame, "error for the kernel")
         self._count_reply(p, server)
         quoted = front.address, front.port if server.port else 0
-        frame = rewriting.translate_error(p, q, source=source, quoted_destination=quoted)
+        client = (q.source, reply.client_port) if reply.client_port else None
+        frame = rewriting.translate_error(p, q, source=source, quoted_source=client, quoted_destination=quoted)
         return self._by_route(p, frame, route if fits else None)
 
     # Full NAT.
