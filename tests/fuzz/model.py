@@ -237,7 +237,7 @@ class Model:
         if front.forward in ("ipip", "gue"):
             own = self.gateway.tunnel_sources[4 if len(server.address) == 4 else 6]
             frame = rewriting.wrap(p, frame, front, server, own, hashed)
-        frame = rewriting.addressed(frame, server.mac, server.own_mac)
+        frame = rewriting.untagged(p, rewriting.addressed(frame, server.mac, server.own_mac))
         return self._send(frame, server.ifindex, f"to backend by {front.forward}")
 
     # Answers.
@@ -353,8 +353,8 @@ class Model:
         """Where the kernel's routes lead; what takes more than that, the kernel gets, translated."""
         if route is None or route.kind != "send":
             return self._kernel(frame, "reply by the kernel")
-        frame = rewriting.hop(p, frame)
-        return self._send(rewriting.addressed(frame, route.mac, route.own_mac), route.ifindex, "reply")
+        frame = rewriting.addressed(rewriting.hop(p, frame), route.mac, route.own_mac)
+        return self._send(rewriting.untagged(p, frame), route.ifindex, "reply")
 
     # ICMP errors.
 

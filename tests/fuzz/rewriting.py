@@ -14,6 +14,11 @@ def addressed(frame: bytes, mac: bytes, own_mac: bytes) -> bytes:
     return mac + own_mac + frame[12:]
 
 
+def untagged(p: Packet, frame: bytes) -> bytes:
+    """VLAN tags are a matter of the interface of arrival (docs/forward-modes.md)."""
+    return frame[:12] + frame[p.at - 2 :]
+
+
 def hop(p: Packet, frame: bytes) -> bytes:
     """One hop less."""
     at = p.at
