@@ -191,11 +191,11 @@ class Model:
 
     def _seen_server(self, front: Front) -> Server | None:
         """To which backend the packet went, by the MAC address of its frame. If it did not go, the choice shows only in
-        how many flows the backends have.
+        how many flows the backends have. The same goes for full NAT: there the mapping may know better than the choice.
         """
         if not front.counts:
             return None
-        if self.seen.verdict in (TX, REDIRECT):
+        if self.seen.verdict in (TX, REDIRECT) and front.forward != "full-nat":
             mac = self.seen.frame[:6]
             found = next((server for server in front.servers.values() if server.mac == mac), None)
             if found:
