@@ -385,7 +385,7 @@ class Arena:
                 found.append("what is malformed was sent on")
             if frame in self._sent:
                 found.append("forwarded twice")
-            if result.rule.startswith("to backend") and not result.rule.endswith("dsr"):
+            if result.rule.startswith("to backend"):
                 self._sent.add(seen.frame)
         if seen.frame != frame and seen.verdict in (PASS, TX, REDIRECT):
             if (wrong := faults(seen.frame)) and not faults(frame):
