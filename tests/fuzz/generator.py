@@ -29,6 +29,7 @@ from fuzz.wire import (
     UDP,
     check_of,
     number,
+    ones,
     pseudo,
     read,
 )
@@ -208,9 +209,22 @@ class Generator:
             return ports + payload
         above = b"" if protocol == ICMP else pseudo(source, destination, protocol, len(body))
         check = check_of(above, body)
+        first = len(body) - len(payload)
+        if protocol in (TCP, UDP) and len(payload) > 1 and random.random() < 0.04:
+            wanted = self._corner(destination, dport)
+            word = (number(body, first) + check - wanted) % 65535
+            body, check = body[:first] + word.to_bytes(2, "big") + body[first + 2 :], wanted
         if protocol == UDP:
             check = check or 0xFFFF
         return body[:at] + check.to_bytes(2, "big") + body[at + 2 :]
+
+    def _corner(self, destination: bytes, port: int) -> int:
+        """A checksum about which arithmetic may stumble: one next to a carry, or that NAT to some backend makes 0."""
+        server = self.random.choice(self.backends)
+        if self.random.random() < 0.3 or len(server.address) != len(destination):
+            return self.random.choice((1, 0xFEFF, 0xFF00, 0xFFFE))
+        after = server.address + (server.port or port).to_bytes(2, "big")
+        return (ones(after) - ones(destination + port.to_bytes(2, "big"))) % 65535
 
     def _packet(
         self, side: str, version: int, source: bytes, destination: bytes, protocol: int, body: bytes
@@ -226,7 +240,13 @@ class Generator:
         options = b"\x94\x04\0\0" * random.randint(1, 10) if version == 4 and random.random() < 0.08 else b""
         if version == 4:
             flags = random.choice((0, 0x4000, 0x4000, 0x8000))
-            frame = link + _ipv4(source, destination, protocol, hops, tos, flags, random.randrange(4), options, body)
+            ident = random.randrange(4)
+            if random.random() < 0.04:  # a header checksum next to a carry
+                plain = _ipv4(source, destination, protocol, hops, tos, flags, 0, options, b"")
+                total = (20 + len(options) + len(body)).to_bytes(2, "big")
+                check = check_of(plain[:2], total, plain[4:10], plain[12:])
+                ident = (check - random.choice((0xFEFF, 0xFF00, 0xFFFE, 1))) % 65535
+            frame = link + _ipv4(source, destination, protocol, hops, tos, flags, ident, options, body)
         else:
             frame = link + _ipv6(source, destination, first, hops, tos, random.randrange(1 << 20), chain + body)
         if random.random() < 0.1:
