@@ -402,8 +402,8 @@ class Arena:
         found = _unequal("counter", +counted, +self.model.counters)
         model, plane = self.model, self.plane
         words = plane.flow_words[np.flatnonzero(plane.flow_words)]
-        states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3) for w in words)
-        found += _unequal("remembered (backend, state)", states, model.flows.states())
+        states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3, self._idle(w)) for w in words)
+        found += _unequal("remembered (backend, state, idle)", states, model.flows.states())
         last = max(self.gateway.servers) + 1
         loads = plane.loads["active"][:last]
         active = Counter({int(n): int(loads[n]) for n in np.flatnonzero(loads)})
@@ -418,8 +418,8 @@ class Arena:
         }
         found += _unequal("fragments", fragments, wanted)
         words = plane.nat_words[np.flatnonzero(plane.nat_words)]
-        nat = Counter((int(w) >> 14 & 0x1FFFF, bool(int(w) >> 31 & 1), int(w) & 3) for w in words)
-        found += _unequal("NAT flows (owner, moved, state)", nat, model.nat.states())
+        nat = Counter((int(w) >> 14 & 0x1FFFF, bool(int(w) >> 31 & 1), int(w) & 3, self._idle(w)) for w in words)
+        found += _unequal("NAT flows (owner, moved, state, idle)", nat, model.nat.states())
         looked_at = {int(n): 1 for n in np.flatnonzero(plane.nat_hints["looks"])}
         found += _unequal("looked at", looked_at, dict.fromkeys(model.nat.looked_at, 1))
         if self._sources:
@@ -428,6 +428,10 @@ class Arena:
             mapped = Counter((m.memory.server, m.memory.state) for m in model.mappings.values())
             found += _unequal("mappings (backend, state)", states, mapped)
         return found
+
+    def _idle(self, word: np.uint64) -> int:
+        """For how many ticks a flow has been silent, by its word."""
+        return (self.clock.tick - (int(word) >> 2)) & 0xFFF
 
     def _counters(self) -> dict[str, int]:
         plane, found = self.plane, {}

@@ -178,8 +178,9 @@ class Flows:
         """How many flows each backend has that did not end."""
         return Counter(known.server for known in self.known.values() if known.state != CLOSING)
 
-    def states(self) -> Counter[tuple[int, int]]:
-        return Counter((known.server, known.state) for known in self.known.values())
+    def states(self) -> Counter[tuple[int, int, int]]:
+        """Backend, state, and for how long it has been silent."""
+        return Counter((known.server, known.state, self.tick - known.tick) for known in self.known.values())
 
 
 def is_new(p: Packet) -> bool:

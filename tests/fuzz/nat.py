@@ -208,5 +208,5 @@ class NatFlows:
         held = self.held.get((client, other, server.address, port, protocol))
         return other if held and (held.owner, held.moved) == (server.id, True) else 0
 
-    def states(self) -> Counter[tuple[int, bool, int]]:
-        return Counter((held.owner, held.moved, held.state) for held in self.held.values())
+    def states(self) -> Counter[tuple[int, bool, int, int]]:
+        return Counter((held.owner, held.moved, held.state, self.tick - held.tick) for held in self.held.values())
