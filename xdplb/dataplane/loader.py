@@ -117,7 +117,7 @@ class Dataplane:
         self.addresses = self._structs("addresses")
         self.intervals = self._structs("intervals")
         self.nat_hints = self._structs("nat_hints")
-        self.nat_words: NDArray[np.uint64] = np.frombuffer(self._memory("nat_sets"), np.uint64)
+        self.nat_words = self._words("nat_sets")
         directory = self._memory("directory")
         self._directory: NDArray[np.uint32] = np.frombuffer(directory, np.uint32)
         self.listening: NDArray[np.uint64] = np.frombuffer(directory, np.uint64, 2 * abi.LISTENING_WORDS, 8).reshape(
@@ -126,9 +126,9 @@ class Dataplane:
         self.slots: NDArray[np.uint32] = np.frombuffer(self._memory("slots"), np.uint32)[: geometry.slots]
         self.transitions = np.frombuffer(self._memory("transitions"), flow_cache.TRANSITION)[: geometry.slots]
         self.loads = self._structs("loads")
-        self.snat_words: NDArray[np.uint64] = np.frombuffer(self._memory("snat_sets"), np.uint64)
+        self.snat_words = self._words("snat_sets")
         self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
-        self.flow_words: NDArray[np.uint64] = np.frombuffer(self._memory("flow_sets"), np.uint64)
+        self.flow_words = self._words("flow_sets")
         self.link_words: NDArray[np.uint64] = np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8)
         self.links_missed: NDArray[np.uint32] = np.frombuffer(self._memory("links_missed"), np.uint32)[::2]
         self.syn_records = self._structs("syn_records")
@@ -243,6 +243,11 @@ class Dataplane:
 
     def _structs(self, name: str) -> NDArray[Any]:
         return np.frombuffer(self._memory(name), self.layout(name), syscall.map_shape(self.fd(name)).max_entries)
+
+    def _words(self, name: str) -> NDArray[np.uint64]:
+        """Of a map of flow sets. Memory comes by the page, so there may be more of it."""
+        words: NDArray[np.uint64] = np.frombuffer(self._memory(name), np.uint64)
+        return words[: syscall.map_shape(self.fd(name)).max_entries * flow_cache.WAYS]
 
     def _table(self, name: str) -> Table:
         entries = self._structs(name)
