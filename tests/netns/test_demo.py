@@ -47,7 +47,7 @@ class Demo:
             stdin=subprocess.DEVNULL if stdout == subprocess.PIPE else stdout,
             stdout=stdout,
             stderr=subprocess.PIPE if stdout == subprocess.PIPE else stdout,
-            text=True,
+            bufsize=0,  # or `communicate` would miss what was read ahead
             preexec_fn=os.setsid if stdout == subprocess.PIPE else lambda: take(stdout),
             env={**os.environ, "PYTHONPATH": package, "PYTHONUNBUFFERED": "1", "TERM": "xterm-256color", **environment},
         )
@@ -56,16 +56,16 @@ class Demo:
     def read_until(self, text: str) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.output += line
-            if text in line:
+            self.output += line.decode()
+            if text in line.decode():
                 return
         pytest.fail(f"{text!r} never came: {self.output}{self.end()[1]}")
 
     def end(self) -> tuple[int, str]:
         """The exit code and stderr; what was left of stdout is added to `output`."""
         rest, errors = self.process.communicate(timeout=60)
-        self.output += rest
-        return self.process.returncode, errors
+        self.output += (rest or b"").decode()
+        return self.process.returncode, (errors or b"").decode()
 
     def __enter__(self) -> Self:
         return self

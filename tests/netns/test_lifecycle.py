@@ -144,12 +144,12 @@ def test_on_control_loss_pass_leaves_packets_to_the_kernel_until_a_daemon_is_bac
 
     with stopped(balancer.process):
         assert not refused(lab)
-        await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
+        await_until(lambda: refused(lab), "packets are passed on", timeout_s=20)
     await_until(lambda: not refused(lab), "it is trusted again")
 
     balancer.kill()
     assert not refused(lab)
-    await_until(lambda: refused(lab), "packets are passed on", timeout_s=6)
+    await_until(lambda: refused(lab), "packets are passed on", timeout_s=20)
     balancer.up()
     assert fetch_many(lab.client, VIP[4]) == {host.name for host in lab.backends}
 

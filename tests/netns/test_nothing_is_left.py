@@ -39,11 +39,14 @@ class Run:
 
     def await_the_middle(self) -> None:
         """Returns once everything is there that can be left."""
-        await_until(lambda: self.told.exists() or self.process.poll() is not None, "its test is under way", PATIENCE_S)
-        assert len({Path(path).parent for path in self.left()}) == len(PLACES)
+        await_until(lambda: self._is_there() or self.process.poll() is not None, "its test is under way", PATIENCE_S)
+        assert self._is_there()
         running = "\n".join(self.processes())
         for program in ("-m pytest", "-m xdplb up", "nginx: master", "sleep 1000", "views.stats"):
             assert program in running
+
+    def _is_there(self) -> bool:
+        return len({Path(path).parent for path in self.left()}) == len(PLACES)
 
     def left(self) -> list[str]:
         """Of laboratories, cables and pins, of the tests themselves and of the demo that they started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import sys
@@ -26,7 +27,7 @@ from stage import (
 )
 
 from xdplb.lab.laboratory import BIG_BYTES, Laboratory, Shape, UdpEcho, WebServer
-from xdplb.model import Forward
+from xdplb.model import Address, Forward
 
 ECHO, MOVED = 5300, 5400
 VERSIONS = (4, 6)
@@ -141,6 +142,14 @@ def test_datagrams_in_fragments(lab: Laboratory, balancer: Balancer, version: in
     assert len(answered) > 1
 
 
+def ask_past_services(lab: Laboratory, backend: Address, port: int) -> bytes:
+    """From a port that may be one of a flow to a service: the second flow is refused then, and comes from another."""
+    for _ in range(3):
+        with contextlib.suppress(ConnectionRefusedError):
+            return ask_udp(lab.client, backend, port)
+    raise AssertionError("three ports in turn are in use")
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_client_that_talks_to_a_backend_itself(lab: Laboratory, balancer: Balancer, version: int) -> None:
     """Before, while and after it uses the service, by TCP and UDP, and from one and the same socket too."""
@@ -148,8 +157,8 @@ def test_a_client_that_talks_to_a_backend_itself(lab: Laboratory, balancer: Bala
     direct, vip = backend.address(version), VIP[version]
     for _ in range(3):
         assert fetch(lab.client, direct, 80) == backend.name
-        assert ask_udp(lab.client, direct, ECHO) == b"backend1:ping"
-        assert ask_udp(lab.client, direct, MOVED) == b"backend1:ping"
+        assert ask_past_services(lab, direct, ECHO) == b"backend1:ping"
+        assert ask_past_services(lab, direct, MOVED) == b"backend1:ping"
         assert fetch_many(lab.client, vip, 80) == ALL
         assert ask_udp_many(lab.client, vip, ECHO) == ALL
         assert ask_udp_many(lab.client, vip, 53) == ALL

@@ -320,7 +320,7 @@ def test_more_backends_than_one_stretch_of_the_search(choosing: Lab, scheduler: 
     rounds = 4
     total = rounds * sum(weights.values())
     got = choosing.sent_to(choosing.flows(total), SYN)
-    assert choosing.active() == got
+    assert Counter(choosing.active()) == got, "those that have none are not in it, or are with 0"
     if scheduler is Scheduler.P2C:
         assert max(abs(got[name] - rounds * weight) for name, weight in weights.items()) <= 4 * rounds
     else:
