@@ -109,20 +109,18 @@ static __always_inline bool is_order(struct xdp_md *ctx)
 	return (void *)(order + 1) <= frame_end(ctx) && order->type == be16(ETH_P_ORDER);
 }
 
+/* A wrong checksum stays wrong: the fragments of a damaged header must not pass for sound. */
 static __always_inline void set_fragment(struct ipv4hdr *ip, __u32 offset, __u32 length, bool last)
 {
-	__u16 field = be16(ip->fragment);
-	__u32 *words = (__u32 *)ip;
-	__u64 sum = 0;
+	__be16 old_length = ip->length, old_fragment = ip->fragment;
+	__u16 field = be16(old_fragment);
+	__u64 sum;
 
 	ip->length = be16(sizeof(*ip) + length);
 	field += offset / 8;
 	ip->fragment = be16(last ? field : field | IP_MF);
-	ip->check = 0;
-#pragma unroll
-	for (int i = 0; i < sizeof(*ip) / 4; i++)
-		sum = csum_add32(sum, words[i]);
-	ip->check = ~csum_fold(sum);
+	sum = csum_change16(csum_change16(0, old_length, ip->length), old_fragment, ip->fragment);
+	ip->check = csum_apply(ip->check, sum);
 }
 
 /*

@@ -124,6 +124,19 @@ def test_fragments_are_cut_again(world: World, mode: Mode) -> None:
     assert together(pieces) == whole
 
 
+@pytest.mark.parametrize("mode", TUNNELS, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("place", [1, 5, 8, 10, 15], ids=["TOS", "identification", "TTL", "checksum", "source"])
+def test_fragments_of_a_damaged_header_are_damaged(world: World, mode: Mode, place: int) -> None:
+    """Or the backend would take them for sound."""
+    packet = udp(bytes(1400))(to(mode))
+    damaged = bytearray(raw(packet))
+    damaged[place] ^= 4
+    sent = cut(world, frame(bytes(damaged)), forwarded(f"{mode.name} small", packet))
+    assert len(sent) == 2
+    for outer in sent:
+        assert reference.faults(outer) == ["IPv4 header checksum"]
+
+
 def test_copies_of_many_packets_are_told_apart(world: World) -> None:
     mode = TUNNELS[0]
     packets = [udp(bytes([number]) * 1400)(replace(to(mode), source_port=5000 + number)) for number in range(40)]
