@@ -144,7 +144,7 @@ static __always_inline int move_to_backend(struct packet *p, const struct tail_c
 		return verdict(XDP_ABORTED);
 	if (backend->flags & BACKEND_BY_KERNEL)
 		return continue_at(p->ctx, STAGE_BY_KERNEL);
-	if (p->length > backend->mtu && may_be_fragmented(p))
+	if (p->length > backend->mtu && may_be_fragmented(p) && !hops_used_up(p))
 		return continue_at(p->ctx, STAGE_CUT);
 	if (!admit_with(p, backend, call->backend, 0, &action))
 		return action;

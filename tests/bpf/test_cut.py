@@ -194,6 +194,14 @@ def test_with_nat_it_makes_fragments_of_fragments(world: World) -> None:
         assert out[30:34] == raw(expected[index])[30:34] and reference.faults(out) == []
 
 
+@pytest.mark.parametrize("mode", [NAT[4], *TUNNELS], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS.keys())
+def test_without_a_hop_left_the_kernel_gets_it_as_it_came(world: World, mode: Mode, tags: Tags) -> None:
+    for length in (1400, 1472):
+        packet = frame(udp(bytes(length))(replace(to(mode), ttl=1)), tags=tags)
+        world.check(Case("", packet, Verdict.PASS, packet, {}))
+
+
 OTHERS = [mode for mode in MODES if mode not in TUNNELS and mode != NAT[4]]
 
 
