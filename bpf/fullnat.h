@@ -22,6 +22,22 @@ static __always_inline int send_to(struct packet *p, const struct backend *backe
 	return address_frame(p->ctx, backend) ? leave(p, backend->ifindex) : verdict(XDP_ABORTED);
 }
 
+/*
+ * The mapping of a flow knew better than the flow rule at which backend it is. What the flow cache remembers follows: else it
+ * would count for a backend that does not have it. With affinity, what is remembered is no single flow.
+ */
+static __always_inline void follow_mapping(const struct flow *flow, __u32 place)
+{
+	struct flow_set *set = find_set(flow);
+	__u32 known = set ? find_flow(set, flow->key) : WAYS;
+	__u64 *mapping = mapping_at(place), word;
+
+	if (known >= WAYS || !mapping || by_client(flow->service))
+		return;
+	word = *mapping;
+	replace_flow(way(set, known), *way(set, known), flow_word(flow, FLOW_BACKEND(word), FLOW_STATE(word)));
+}
+
 /* To a service: source and destination become the mapping's and the backend's. */
 static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_id)
 {
@@ -50,6 +66,8 @@ static __always_inline int full_nat_to_backend(struct packet *p, __u32 service_i
 	backend = backends.lookup(&id);
 	if (place == NO_PLACE || !backend || !source_of(place, &source, &port))
 		return drop(service_id, REASON(ports_exhausted));
+	if (id != decision.id)
+		follow_mapping(&flow, place);
 	if (!admit_with(p, backend, id, 0, &action))
 		return action;
 	translate(p, &source, port, true);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -154,7 +155,9 @@ def plane(world: World) -> Iterator[Dataplane]:
     config = replace(config, source_pool=tuple(map(ip_address, SOURCE.values())))
     wanted = requirements.geometry(config)
     geometry = replace(GEOMETRY, sources4=wanted.sources4, sources6=wanted.sources6)
-    plane = loader.open_dataplane(replace(FEATURES, full_nat=True, affinity=True), geometry, KEY, PIN_ROOT / "full-nat")
+    plane = loader.open_dataplane(
+        replace(FEATURES, full_nat=True, affinity=True, choice=True), geometry, KEY, PIN_ROOT / "full-nat"
+    )
     yield plane
     plane.close()
     plane.unpin()
@@ -385,6 +388,14 @@ def test_a_flow_stays_with_its_backend_while_that_drains(gateway: Gateway) -> No
     assert fresh == {BACKENDS[4][1]}
 
 
+def adopt(gateway: Gateway, **settings: object) -> None:
+    """The same services with other settings."""
+    config = gateway.engine.config
+    services = tuple(replace(service, **settings) for service in config.services)  # type: ignore[arg-type]
+    gateway.engine.adopt_config(replace(config, services=services))
+    gateway.engine.apply_all()
+
+
 @pytest.mark.parametrize("affinity", [None, Affinity()], ids=["by flow", "by client"])
 class TestASynOnPortsInUse:
     """Anybody can send one, in anybody's name."""
@@ -392,10 +403,7 @@ class TestASynOnPortsInUse:
     @pytest.fixture
     def word(self, gateway: Gateway, version: int, affinity: Affinity | None) -> Iterator[Callable[[], np.uint64]]:
         """Of the one mapping that there is, of a connection that is established."""
-        config = gateway.engine.config
-        services = tuple(replace(service, affinity=affinity) for service in config.services)
-        gateway.engine.adopt_config(replace(config, services=services))
-        gateway.engine.apply_all()
+        adopt(gateway, affinity=affinity)
         gateway.open(client(version))
         gateway.run(frame(tcp("A")(client(version))))
         (place,) = np.flatnonzero(gateway.plane.snat_words)
@@ -466,6 +474,53 @@ def test_a_clients_own_syn_on_such_a_flows_ports_begins_a_new_one(gateway: Gatew
         began = ends(gateway.run(frame(numbered(tcp("S")(flow), 1 << 30)))[1])
         assert began.destination == BACKENDS[version][1]
         assert ends(gateway.run(frame(numbered(tcp("A")(flow), 1 + (1 << 30))))[1]) == began
+
+
+@pytest.mark.parametrize("scheduler", [Scheduler.RR, Scheduler.LC, Scheduler.P2C])
+def test_a_flow_counts_at_the_backend_that_its_mapping_names(
+    gateway: Gateway, version: int, scheduler: Scheduler
+) -> None:
+    """Replies keep a mapping alive, and the flow cache does not see them: to that, the flow was silent for long."""
+    adopt(gateway, scheduler=scheduler)
+    flows = [client(version, number=number) for number in range(20)]
+    seen = {flow: gateway.open(flow) for flow in flows}
+    for flow in flows:
+        gateway.run(frame(tcp("A")(flow)))
+    words, plane = gateway.plane.flow_words, gateway.plane
+    words[words != 0] = reference.aged(words[words != 0], plane.features.times.reuse)
+    for at_backend in seen.values():
+        gateway.answer(at_backend, "A")
+    for flow in flows:
+        assert ends(gateway.run(frame(numbered(tcp("S")(flow), 1 << 30)))[1]) == seen[flow]
+    numbers = {
+        address: gateway.engine.applied.backends[BackendKey(f"tcp{version}", f"b{n}")][0]
+        for n, address in enumerate(BACKENDS[version])
+    }
+    at = Counter(numbers[at_backend.destination] for at_backend in seen.values())
+    known = words[words != 0].tolist()
+    assert Counter((word >> 14 & 0x1FFFF, word & 3) for word in known) == {
+        (number, FlowState.ESTABLISHED): count for number, count in at.items()
+    }
+    assert {number: plane.loads["active"][number] for number in at} == at
+
+
+def test_a_flow_whose_slot_changed_hands_is_remembered_where_its_mapping_is(gateway: Gateway, version: int) -> None:
+    """Its packets before were not remembered: a SYN on its ports is the first that is."""
+    flows = [client(version, number=number) for number in range(20)]
+    seen = {flow: gateway.open(flow) for flow in flows}
+    for flow in flows:
+        gateway.run(frame(tcp("A")(flow)))
+    key = BackendKey(f"tcp{version}", "b0")
+    gateway.engine.update(key, replace(gateway.engine.statuses.get(key), admin=Admin.DRAIN))
+    gateway.engine.apply_service(key.service)
+    for flow in flows:
+        assert ends(gateway.run(frame(numbered(tcp("S")(flow), 1 << 30)))[1]) == seen[flow]
+    words = gateway.plane.flow_words
+    at = sum(at_backend.destination == BACKENDS[version][0] for at_backend in seen.values())
+    number = gateway.engine.applied.backends[key][0]
+    assert [(word >> 14 & 0x1FFFF, word & 3) for word in words[words != 0].tolist()] == [
+        (number, FlowState.ESTABLISHED)
+    ] * at
 
 
 def numbered(segment: Packet, sequence: int) -> Packet:
