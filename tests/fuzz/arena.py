@@ -20,7 +20,7 @@ from fuzz.gateway import NO_ROUTE, Front, Gateway, Route, Server
 from fuzz.model import DROP, PASS, REDIRECT, TX, VERDICTS, Expected, Model, Seen
 from fuzz.wire import faults
 from fuzz.worlds import SMALL, config
-from xdplb.abi import BackendFlag, FlowTimes
+from xdplb.abi import COPIES, BackendFlag, FlowTimes
 from xdplb.core import link_facts, requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.nat_replies import shared_backends
@@ -30,7 +30,8 @@ from xdplb.daemon.engine import Engine, Retired
 from xdplb.dataplane import loader, syscall
 from xdplb.dataplane.clock import clock
 from xdplb.dataplane.loader import Dataplane
-from xdplb.model import Admin, BackendKey, Forward, HealthState, Protocol
+from xdplb.dataplane.tunnel_map import TunnelMap
+from xdplb.model import Address, Admin, BackendKey, Forward, HealthState, Protocol
 
 KEY = HashKey.derive("fuzz")
 HASH = Hash(KEY.seed, KEY.factor)
@@ -44,20 +45,27 @@ FRONT_SIDE, BACK_SIDE = "front", "back"
 LARGEST = 3400
 """The largest frame that a test run takes."""
 
+SYN_RECORDS = 256
+"""So few that one often takes another's place."""
+
+_ORDER = b"\x88\xb5"
+"""The type of a frame whose copies become fragments."""
 _BATCH_TAKE = 25
 _TEST_RUN = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of a sequence: a frame that arrives (front, back), time that passes (age), or a change of a backend."""
+    """One line of a sequence: a frame that arrives (front, back), time that passes (age), that routers' reports about
+    tunnels are heeded (heed), or a change of a backend.
+    """
 
     what: str
     argument: bytes = b""
 
     def __str__(self) -> str:
         shown = self.argument.hex() if self.what in (FRONT_SIDE, BACK_SIDE) else self.argument.decode()
-        return f"{self.what} {shown}"
+        return f"{self.what} {shown}".rstrip()
 
     @classmethod
     def parse(cls, line: str) -> Step:
@@ -148,13 +156,15 @@ class Arena:
             for number, backend in enumerate(service.backends):
                 self._begin(BackendKey(service.name, backend.name), number)
         self.engine.apply_all()
-        self.run = Runner(plane.program_fd)
+        self.run, self.run_copy = Runner(plane.program_fd), Runner(plane.probe_fd)
+        plane.copy_to(interfaces[FRONT_SIDE])
+        self.tunnels = TunnelMap(plane)
         self._fragments = HashMap(plane.fd("fragments"))
         self._answers = [
             np.frombuffer(syscall.map_memory(plane.fd(name)), np.uint64) for name in ("answer_budgets", "answer_totals")
         ]
         self.gateway = self._gateway()
-        self.model = Model(self.gateway, HASH, self._counted_more)
+        self.model = Model(self.gateway, HASH, SYN_RECORDS, self._counted_more)
         self._sources = [bytes(a.packed) for version in (4, 6) for a in self.config.sources(version)]
         self._keep()
         self._before = self._counters()
@@ -205,6 +215,11 @@ class Arena:
             self.engine.adopt_config(self.config)
             self._changed = False
             self._refresh_all()
+            for server in self.gateway.servers.values():
+                server.mtu = server.link_mtu
+        for end in self._ends:
+            if end.packed in self.model.reports or self.tunnels.report(end):
+                self.tunnels.enter(end, ip_address(OWN[end.version]), 0, None)
         self.model.forget()
         self.model.flows.tick = self.model.nat.tick = 0
         self._forget()
@@ -220,6 +235,7 @@ class Arena:
         plane.flow_words[np.flatnonzero(plane.flow_words)] = 0
         plane.nat_words[np.flatnonzero(plane.nat_words)] = 0
         plane.nat_hints[:] = 0
+        plane.syn_records["tag"] = 0
         if self._sources:
             words = plane.snat_words
             words[np.flatnonzero(words)] = 0
@@ -233,12 +249,17 @@ class Arena:
             self.frames += 1
             ifindex = self.interfaces[step.what]
             seen = self.run(step.argument, ifindex)
+            if seen.verdict == REDIRECT and seen.frame[12:14] == _ORDER:
+                seen.pieces = self._cut(seen.frame)
             result = Result(seen, self.model.judge(step.argument, ifindex, seen), self.model.rule)
             if result.rule in ANSWERS:
                 self._grant_answers()
             return result
         if step.what == "age":
             self._age(int(step.argument))
+        elif step.what == "heed":
+            self._changed = True
+            self._learn_mtus()
         else:
             self._change(step.what, BackendKey(*step.argument.decode().rsplit("/", 1)))
         return None
@@ -248,8 +269,35 @@ class Arena:
         for memory in self._answers:
             memory[:] = 0
 
+    def _cut(self, order: bytes) -> list[bytes]:
+        """What the copies of a packet become at the other end."""
+        copies = [self.run_copy(order, self.interfaces[FRONT_SIDE]) for _ in range(COPIES)]
+        return [copy.frame for copy in copies if copy.verdict != DROP]
+
+    def _learn_mtus(self) -> None:
+        """Reports in the map become the backends' MTUs; and in the model what should have been reported."""
+        services = set()
+        for end in self._ends:
+            report = self.tunnels.report(end)
+            mtu = report.mtu if report and report.holds(self.clock.tick) else None
+            for key in self._ends[end]:
+                status = self.engine.statuses.get(key)
+                if status.path_mtu != mtu:
+                    self.engine.update(key, replace(status, path_mtu=mtu))
+                    services.add(key.service)
+        for service in services:
+            self.engine.apply_service(service)
+            self._refresh(self.engine.applied.services[service].id)
+        for server in self.gateway.servers.values():
+            report = self.model.known_report(server.address) if server.address in self.gateway.tunnels else None
+            server.mtu = min(server.link_mtu, report.mtu if report else server.link_mtu)
+
     def _age(self, ticks: int) -> None:
         """Everything that is dated becomes so much older."""
+        for end in self._ends:
+            if report := self.tunnels.report(end):
+                older = replace(report, tick=report.tick - ticks & 0xFFFFFFFF)
+                self.tunnels.enter(end, ip_address(OWN[end.version]), 0, older)
         deadlines = self.plane.transitions["deadline"].astype(np.int64) - ticks
         self.plane.transitions["deadline"] = np.maximum(deadlines, 0)
         self.model.nat.tick += ticks
@@ -282,6 +330,7 @@ class Arena:
     def _gateway(self) -> Gateway:
         gateway, applied = Gateway(), self.engine.applied
         shared = shared_backends(self.config)
+        self._ends: dict[Address, list[BackendKey]] = {}
         for service in self.config.services:
             id_ = applied.services[service.name].id
             front = Front(id_, service, service.listen.address.packed, service.listen.protocol.number)
@@ -300,9 +349,13 @@ class Arena:
                     bytes(entry.macs[6:]),
                     entry.ifindex,
                     entry.mtu,
+                    entry.mtu,
                     service.forward is Forward.NAT and (key in shared or service.listen.protocol is Protocol.UDP),
                 )
                 gateway.servers[number] = front.servers[number] = server
+                if service.forward.encapsulates:
+                    gateway.tunnels.add(server.address)
+                    self._ends.setdefault(backend.address, []).append(key)
                 if service.forward is Forward.NAT:
                     gateway.answering.setdefault(server.address, []).append(server)
         for servers in gateway.answering.values():
@@ -315,6 +368,8 @@ class Arena:
         facts = {index: link_facts.LinkFacts(macs) for index, macs in gateway.macs.items()}
         link_facts.write(self.plane.link_words, facts)
         gateway.tunnel_sources = {version: ip_address(OWN[version]).packed for version in (4, 6)}
+        for end in self._ends:
+            self.tunnels.enter(end, ip_address(OWN[end.version]), 0, None)
         self._routes(gateway)
         self.gateway = gateway
         self._tables: dict[int, tuple[int, ...]] = {}
@@ -377,6 +432,11 @@ class Arena:
             found.append(f"verdict {verdicts[0]}, and not {verdicts[1]} ({result.rule})")
         elif seen.frame != expected.frame:
             found.append(f"other bytes ({result.rule}):\n{_difference(seen.frame, expected.frame)}")
+        elif len(seen.pieces) != len(expected.pieces):
+            found.append(f"{len(seen.pieces)} pieces, and not {len(expected.pieces)} ({result.rule})")
+        for is_, should in zip(seen.pieces, expected.pieces, strict=False):
+            if is_ != should:
+                found.append(f"other bytes of a piece ({result.rule}):\n{_difference(is_, should)}")
         if seen.verdict not in (DROP, PASS, TX, REDIRECT):
             found.append(f"aborted, or no verdict at all: {seen.verdict}")
         if seen.verdict in (TX, REDIRECT):
@@ -388,8 +448,9 @@ class Arena:
             if result.rule.startswith("to backend"):
                 self._sent.add(seen.frame)
         if seen.frame != frame and seen.verdict in (PASS, TX, REDIRECT):
-            if (wrong := faults(seen.frame)) and not faults(frame):
-                found.append(f"what came in was right, what leaves has wrong: {', '.join(wrong)}")
+            for left in seen.pieces or [seen.frame]:
+                if (wrong := faults(left)) and not faults(frame):
+                    found.append(f"what came in was right, what leaves has wrong: {', '.join(wrong)}")
             is_answer = seen.verdict == TX and seen.frame[:6] == frame[6:12]
             if is_answer and len(seen.frame) > 3 * len(frame):
                 found.append(f"an answer of {len(seen.frame)} bytes to {len(frame)}")
@@ -424,9 +485,14 @@ class Arena:
         found += _unequal("looked at", looked_at, dict.fromkeys(model.nat.looked_at, 1))
         if self._sources:
             words = plane.snat_words[np.flatnonzero(plane.snat_words)]
-            states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3) for w in words)
-            mapped = Counter((m.memory.server, m.memory.state) for m in model.mappings.values())
-            found += _unequal("mappings (backend, state)", states, mapped)
+            states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3, bool(int(w) >> 31 & 1), self._idle(w)) for w in words)
+            found += _unequal("mappings (backend, state, answered, idle)", states, model.mapped_states())
+        reports = {end.packed: self.tunnels.report(end) for end in self._ends}
+        known = {
+            end: (report.mtu, self.clock.tick - report.tick & 0xFFFFFFFF) for end, report in reports.items() if report
+        }
+        wanted_reports = {end: (report.mtu, model.flows.tick - report.tick) for end, report in model.reports.items()}
+        found += _unequal("reports (mtu, age)", known, wanted_reports)
         return found
 
     def _idle(self, word: np.uint64) -> int:
@@ -488,7 +554,14 @@ def opened(name: str, interfaces: Mapping[str, int], pins: os.PathLike[str]) -> 
     """A world with a program specialised to it, gone afterwards."""
     wanted = config(name)
     features = requirements.features(wanted, tx_by_redirect=False, times=TIMES)
-    geometry = replace(requirements.geometry(wanted), services=256, nat_sets=4096, fragments=4096, flow_sets=4096)
+    geometry = replace(
+        requirements.geometry(wanted),
+        services=256,
+        nat_sets=4096,
+        fragments=4096,
+        flow_sets=4096,
+        syn_records=SYN_RECORDS,
+    )
     plane = loader.open_dataplane(features, geometry, KEY, pins)  # type: ignore[arg-type]
     try:
         yield Arena(name, plane, interfaces)

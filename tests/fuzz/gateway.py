@@ -10,7 +10,7 @@ from xdplb.model import Service
 @dataclass(slots=True)
 class Server:
     """A backend. `port` None: it takes the packet's own. `up`, `keeps`, `weight`: what the control plane said last.
-    `per_flow`: its replies do not say of which flow they are.
+    `mtu`: of the way there, `link_mtu` of its first link. `per_flow`: its replies do not say of which flow they are.
     """
 
     id: int
@@ -21,6 +21,7 @@ class Server:
     mac: bytes
     own_mac: bytes
     ifindex: int
+    link_mtu: int
     mtu: int
     per_flow: bool = False
     up: bool = True
@@ -90,8 +91,8 @@ _LINK_LOCAL, _BEHIND, _LOOPBACK = b"\xfe\x80", b"\xfe\xc0", bytes(15) + b"\1"
 @dataclass(slots=True)
 class Gateway:
     """`listening`: an address to its services. `pool`: source addresses of full NAT, in order. `answering`: a NAT
-    backend's address to its servers. `macs`: by interface, this host's own. `hosts` and `networks`
-    are routes.
+    backend's address to its servers. `tunnels`: where they end. `macs`: by interface, this host's own. `hosts` and
+    `networks` are routes.
     """
 
     fronts: dict[int, Front] = field(default_factory=dict)
@@ -100,6 +101,7 @@ class Gateway:
     pool: list[bytes] = field(default_factory=list)
     answering: dict[bytes, list[Server]] = field(default_factory=dict)
     tunnel_sources: dict[int, bytes] = field(default_factory=dict)
+    tunnels: set[bytes] = field(default_factory=set)
     macs: dict[int, frozenset[bytes]] = field(default_factory=dict)
     hosts: dict[bytes, Route] = field(default_factory=dict)
     networks: list[tuple[bytes, Route]] = field(default_factory=list)

@@ -40,15 +40,17 @@ _MANY = (b"\xff" * 6, bytes.fromhex("01005e000005"), bytes.fromhex("333300000001
 _FLAGS = (SYN,) * 6 + (ACK,) * 6 + (PSH | ACK,) * 4 + (FIN | ACK,) * 3 + (RST, RST | ACK, SYN | ACK, FIN, 0, SYN | FIN)
 _TAGS = (b"\x81\x00", b"\x88\xa8")
 _TCIS = (b"\x00\x05", b"\x00\x00", b"\xe0\x00", b"\x60\x07")
-_AGES = (1, 30, 59, 60, 61, 121, 301, 899, 901)
+_AGES = (1, 30, 59, 60, 61, 121, 301, 540, 899, 901)
 _OLDEST = 2000
 """Ticks of a sequence: after 4096 of them a flow looks young again, unless the control plane comes by."""
 _ODD = {
     4: ("0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "169.254.1.1", "192.0.2.77", "10.0.1.254"),
     6: ("::", "::1", "ff02::1", "fe80::1", "fec0::1", "::ffff:192.0.2.9", "64:ff9b::1", "2001:db8:c::77", "fd00:1::fe"),
 }
-_SIZES = (1220, 1231, 1252, 1272, 1432, 1452, 1460, 1472, 1473, 1480)
-"""Around what just fits some way."""
+_SIZES = (1220, 1231, 1252, 1272, 1432, 1452, 1460, 1472, 1473, 1480, 1505, 1600, 1900, 2008, 2041, 3260, 3272, 3273)
+"""Around what just fits some way, or is cut for it."""
+_STEPS = (0, 0, 1, 1, 1, 1000, 65535, 65536, 65537, -1, -1000, 1 << 31)
+"""From a SYN's number: what follows it is less than 65536 away."""
 _INTERESTING = (0, 1, 7, 8, 19, 20, 21, 39, 40, 41, 127, 128, 255, 576, 1280, 1500, 32767, 65535)
 
 
@@ -61,6 +63,8 @@ class Generator:
         self.came: deque[tuple[str, bytes]] = deque(maxlen=40)
         self.left: deque[tuple[str, bytes]] = deque(maxlen=40)
         """Frames of late as they came and were sent to a backend, and as they left, each with its side."""
+        self.syns: dict[tuple[bytes, bytes, bytes], deque[int]] = {}
+        """By addresses and ports, the numbers of the last SYNs."""
         self.cut: deque[tuple[str, bytes]] = deque(maxlen=24)
         """Fragments that are still to come."""
         own = [f.address for f in self.fronts] + arena.gateway.pool + list(arena.gateway.answering)
@@ -90,6 +94,8 @@ class Generator:
             return Step("age", str(ticks).encode())
         if r < 0.015:
             return self._change()
+        if r < 0.025 and self.arena.gateway.tunnels:
+            return Step("heed")
         side, frame = self._frame()
         if self.random.random() < self.damage:
             frame = self._damage(frame)
@@ -97,10 +103,11 @@ class Generator:
 
     def learn(self, step: Step, result: Result | None) -> None:
         """What left the gateway, for others to answer."""
-        if result and result.seen.verdict > 2:
-            if result.rule.startswith("to backend"):
+        to_backend = result is not None and result.rule.startswith("to backend")
+        if result and (result.seen.verdict > 2 or to_backend):
+            if to_backend:
                 self.came.append((step.what, step.argument))
-            self.left.append(("back", result.seen.frame))
+            self.left.extend(("back", left) for left in result.seen.pieces or [result.seen.frame])
         elif result and self.random.random() < 0.05:
             self.left.append((step.what, step.argument.ljust(34, b"\0")))
 
@@ -182,8 +189,10 @@ class Generator:
             size = 0
         elif r < 0.8:
             size = self.random.randrange(40)
-        elif r < 0.9:
+        elif r < 0.89:
             size = self.random.choice(_SIZES)
+        elif r < 0.91:
+            size = self.random.randrange(1500, 3300)
         else:
             size = self.random.randrange(1500)
         return self.random.randbytes(size)
@@ -195,7 +204,7 @@ class Generator:
         if protocol == TCP:
             options = random.choice((b"", b"", b"\x02\x04\x05\xb4", b"\x01" * 40))
             flags = random.choice(_FLAGS) if random.random() < 0.97 else random.randrange(256)
-            numbers = random.choice((random.randbytes(8), b"\xff" * 8, bytes(8)))
+            numbers = self._numbers((source, destination, ports), flags)
             head = ports + numbers + bytes(((5 + len(options) // 4) << 4, flags)) + b"\xff\xff\0\0\0\0"
             body, at = head + options + payload, 16
         elif protocol == UDP:
@@ -217,6 +226,18 @@ class Generator:
         if protocol == UDP:
             check = check or 0xFFFF
         return body[:at] + check.to_bytes(2, "big") + body[at + 2 :]
+
+    def _numbers(self, flow: tuple[bytes, bytes, bytes], flags: int) -> bytes:
+        """A segment's: many follow an earlier SYN of the same ports, are another of it, or just not."""
+        random = self.random
+        known = self.syns.get(flow)
+        if known and random.random() < 0.8:
+            sequence = (random.choice(known) + random.choice(_STEPS)) % (1 << 32)
+        else:
+            sequence = random.choice((random.randrange(1 << 32), (1 << 32) - 1, (1 << 32) - 1000, 0))
+        if flags & SYN:
+            self.syns.setdefault(flow, deque(maxlen=3)).append(sequence)
+        return sequence.to_bytes(4, "big") + random.choice((random.randbytes(4), b"\xff" * 4, bytes(4)))
 
     def _corner(self, destination: bytes, port: int) -> int:
         """A checksum about which arithmetic may stumble: one next to a carry, or that NAT to some backend makes 0."""
@@ -362,7 +383,9 @@ class Generator:
         protocol = ICMP if p.version == 4 else ICMPV6
         kinds = (3, 3, 3, 4, 11, 12, 5, 13) if p.version == 4 else (1, 2, 2, 3, 4, 5, 127)
         kind, code = random.choice(kinds), random.choice((0, 1, 3, 4))
-        rest = random.choice((bytes(4), b"\0\0\x05\x14", b"\xff" * 4))
+        if p.source in self.arena.gateway.tunnel_sources.values() and random.random() < 0.5:
+            kind, code = (3, 4) if p.version == 4 else (2, 0)
+        rest = random.choice((bytes(4), b"\0\0\x05\x14", b"\xff" * 4, random.randrange(500, 1500).to_bytes(4, "big")))
         body = bytes((kind, code, 0, 0)) + rest + quoted
         above = pseudo(source, destination, protocol, len(body)) if p.version == 6 else b""
         body = body[:2] + check_of(above, body).to_bytes(2, "big") + body[4:]

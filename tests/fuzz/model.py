@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reference import Hash
 
 from fuzz import rewriting
-from fuzz.flows import CLOSING, OPENING, OPENING_LASTS, Flows, Memory, is_new, state_of
+from fuzz.flows import CLOSING, OPENING, Flows, Memory, is_new, state_of
 from fuzz.gateway import Front, Gateway, Route, Server
 from fuzz.nat import NatFlows, begins_connection
 from fuzz.wire import (
@@ -31,12 +31,18 @@ from fuzz.wire import (
     number,
     read,
     read_error,
+    read_report,
     read_transport,
 )
 
 ABORTED, DROP, PASS, TX, REDIRECT = range(5)
 VERDICTS = ("aborted", "drop", "pass", "tx", "redirect")
 FIRST_SOURCE_PORT = 1024
+PIECES, MOST_TO_CUT = 4, 3300
+"""Of a packet that is cut: how many there are at most, and how large it is."""
+LEAST_MTU = {4: 552, 6: 1280}
+"""Less than that is not believed of any way."""
+REPORT_LASTS = 600
 UNTAGGED = 14
 """Where the IP packet begins in a frame without tags."""
 TO_KERNEL = 0
@@ -45,20 +51,22 @@ TO_KERNEL = 0
 
 @dataclass(slots=True)
 class Expected:
-    """`frame`: as it leaves, or as the kernel gets it."""
+    """`frame`: as it leaves, or as the kernel gets it. `pieces`: what leaves instead, where a packet is cut."""
 
     verdict: int
     frame: bytes
+    pieces: list[bytes] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Mapping:
-    """Full NAT: the client's flow behind a source address and port."""
+    """Full NAT: the client's flow behind a source address and port. `answered`: by more than a reset."""
 
     front: int
     client: bytes
     ports: tuple[int, int]
     memory: Memory
+    answered: bool = False
 
 
 @dataclass(slots=True)
@@ -67,31 +75,41 @@ class Seen:
 
     verdict: int
     frame: bytes
+    pieces: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the way to a tunnel's end carries, as a router said then."""
+
+    mtu: int
+    tick: int
 
 
 class Model:
     def __init__(
-        self, gateway: Gateway, hasher: Hash, counted_more: Callable[[Front], Server | None] = lambda front: None
+        self, gateway: Gateway, hasher: Hash, records: int, counted_more: Callable[[Front], Server | None]
     ) -> None:
-        """`counted_more`: which of a service's backends has a flow more than is known here."""
+        """`records`: of SYNs. `counted_more`: which of a service's backends has a flow more than is known here."""
         self.gateway = gateway
         self.counted_more = counted_more
         self.counters: Counter[str] = Counter()
-        self.flows = Flows(gateway, hasher, self.counters)
+        self.flows = Flows(gateway, hasher, self.counters, records)
         self.fragments: dict[tuple[bytes, bytes, bytes, int], tuple[int, bool]] = {}
         self.nat = NatFlows(gateway, hasher)
         self.mappings: dict[tuple[bytes, int], Mapping] = {}
         self.mapped: dict[tuple[int, bytes, tuple[int, int]], tuple[bytes, int]] = {}
         self.hidden: set[tuple[bytes, int]] = set()
+        self.reports: dict[bytes, Report] = {}
         self.packet: Packet | None = None
         self.rule = ""
         """Which rule had the last word about a packet: a part of what tells paths apart."""
 
     def forget(self) -> None:
         """All that packets taught."""
-        self.flows.known.clear()
+        self.flows.forget()
         self.nat.forget()
-        for memory in (self.fragments, self.mappings, self.mapped, self.hidden):
+        for memory in (self.fragments, self.mappings, self.mapped, self.hidden, self.reports):
             memory.clear()
         self.counters.clear()
 
@@ -109,7 +127,7 @@ class Model:
             return self._kernel(frame, "to another host")
         if self.gateway.is_own(p.destination):
             return self._to_own_address(p)
-        if p.broken or not self.gateway.answering:
+        if p.broken:
             return self._kernel(frame, "no service")
         if p.is_icmp and not self._is_hidden_error(p):
             return self._error_to_client(p)
@@ -191,11 +209,11 @@ class Model:
 
     def _seen_server(self, front: Front) -> Server | None:
         """To which backend the packet went, by the MAC address of its frame. If it did not go, the choice shows only in
-        how many flows the backends have. The same goes for full NAT: there the mapping may know better than the choice.
+        how many flows the backends have.
         """
         if not front.counts:
             return None
-        if self.seen.verdict in (TX, REDIRECT) and front.forward != "full-nat":
+        if self.seen.verdict in (TX, REDIRECT):
             mac = self.seen.frame[:6]
             found = next((server for server in front.servers.values() if server.mac == mac), None)
             if found:
@@ -213,7 +231,13 @@ class Model:
         return self.gateway.is_own(source)
 
     def _forward(self, p: Packet, front: Front, server: Server, source: tuple[bytes, int] | None = None) -> Expected:
-        refused = self._admit(p, server, rewriting.outer_length(front, server))
+        around = rewriting.outer_length(front, server)
+        if p.hops > 1 and p.length + around > server.mtu and self._may_be_cut(p):
+            if front.forward == "nat":
+                return self._by_kernel_in_fragments(p, server, source)
+            if front.forward in ("ipip", "gue") and self._can_be_cut(p, server.mtu - around):
+                return self._in_fragments(p, front, server, server.mtu - around)
+        refused = self._admit(p, server, around)
         if refused:
             return refused
         frame = rewriting.hop(p, p.frame)
@@ -221,17 +245,39 @@ class Model:
             frame = rewriting.translate(p, frame, source, (server.address, server.port or 0))
         return self._deliver(p, frame, front, server, self.flows.hash(front, p.source, p.ports))
 
+    def _by_kernel_in_fragments(self, p: Packet, server: Server, source: tuple[bytes, int] | None) -> Expected:
+        """The kernel cuts what NAT made of it, and takes the hop."""
+        self._count_forwarded(p, server)
+        frame = rewriting.translate(p, p.frame, source, (server.address, server.port or 0))
+        return self._kernel(frame, "to backend in fragments by the kernel")
+
+    def _can_be_cut(self, p: Packet, most: int) -> bool:
+        """Without options, and in so many pieces at most."""
+        return p.start == p.at + 20 and p.length <= MOST_TO_CUT and p.size <= PIECES * ((most - 20) // 8 * 8)
+
+    def _in_fragments(self, p: Packet, front: Front, server: Server, most: int) -> Expected:
+        """RFC 2003 3.1: each goes through the tunnel by itself."""
+        self._count_forwarded(p, server)
+        hashed = self.flows.hash(front, p.source, p.ports)
+        pieces = rewriting.fragments(p, rewriting.hop(p, p.frame), most)
+        sent = [self._deliver(piece, piece.frame, front, server, hashed).frame for piece in pieces]
+        self.rule = "to backend in fragments"
+        return Expected(REDIRECT, self.seen.frame, sent)
+
     def _admit(self, p: Packet, server: Server, around: int) -> Expected | None:
         """A hop left, and room on the way: what does not fit is answered. What goes is counted."""
         if p.hops <= 1:
             return self._kernel(p.frame, "no hop left")
         if p.length + around > server.mtu:
             return self._too_big(p, server.service, server.mtu - around)
+        self._count_forwarded(p, server)
+        return None
+
+    def _count_forwarded(self, p: Packet, server: Server) -> None:
         self.counters[f"backend.{server.id}.packets"] += 1
         self.counters[f"backend.{server.id}.bytes"] += p.length
         if is_new(p):
             self.counters[f"backend.{server.id}.new_flows"] += 1
-        return None
 
     def _deliver(self, p: Packet, frame: bytes, front: Front, server: Server, hashed: int) -> Expected:
         if front.forward in ("ipip", "gue"):
@@ -401,7 +447,7 @@ class Model:
         """About a packet of a client's to a NAT backend."""
         q = read_error(p)
         if q is None or q.source != p.destination or q.destination not in self.gateway.answering:
-            return self._kernel(p.frame, "ICMP")
+            return self._about_tunnel(p)
         named = self.gateway.answers_from(q.destination, q.protocol, q.ports[1])
         reply = self.nat.find(named, q.source, q.ports[0], q.ports[1], q.protocol) if named else None
         if reply is None or reply.server is None or p.hops <= 1:
@@ -419,10 +465,31 @@ class Model:
         frame = rewriting.translate_error(p, q, source=source, quoted_source=client, quoted_destination=quoted)
         return self._by_route(p, frame, route if fits else None)
 
+    def _about_tunnel(self, p: Packet) -> Expected:
+        """RFC 2003 5.1, RFC 2473 7.1. Of several routers the smallest counts. The kernel hears of it as well."""
+        q, mtu = read_report(p) or (None, 0)
+        if q is None or q.source != p.destination or q.protocol not in (4, 41, UDP):
+            return self._kernel(p.frame, "ICMP")
+        if q.destination not in self.gateway.tunnels or q.source != self.gateway.tunnel_sources[p.version]:
+            return self._kernel(p.frame, "ICMP")
+        mtu = min(max(mtu, LEAST_MTU[p.version]), 65535)
+        before = self.known_report(q.destination)
+        if before is None or mtu <= before.mtu:
+            self.reports[q.destination] = Report(mtu, self.flows.tick)
+        return self._kernel(p.frame, "report about a tunnel")
+
+    def known_report(self, end: bytes) -> Report | None:
+        """About the way to a tunnel's end, while it holds."""
+        report = self.reports.get(end)
+        return report if report and self.flows.tick - report.tick < REPORT_LASTS else None
+
     # Full NAT.
 
     def _full_nat(self, p: Packet, front: Front, server: Server) -> Expected:
-        place, server = self._mapping(p, front, server)
+        place, mapped = self._mapping(p, front, server)
+        if mapped != server:
+            server = mapped
+            self.flows.follow(front, p, self.mappings[place].memory)
         refused = self._admit(p, server, 0)
         if refused:
             return refused
@@ -439,15 +506,23 @@ class Model:
             self.mappings[place] = Mapping(front.id, p.source, p.ports, Memory(server.id, tick, state_of(p)))
             return place, server
         place = self._reveal(key, place, self._new_place(p) if place in self.hidden else place)
-        memory = self.mappings[place].memory
+        mapping = self.mappings[place]
+        memory = mapping.memory
         known = self.gateway.servers[memory.server]
-        if (not p.opens or self._is_open(memory)) and known.serves:
+        if self._knows_better(memory, front, p) and known.serves:
             server = known
             if p.opens:
                 return place, server
         state = OPENING if p.opens else state_of(p) | memory.state
-        self.mappings[place].memory = Memory(server.id, tick, state)
+        mapping.answered &= not p.opens and server == known
+        mapping.memory = Memory(server.id, tick, state)
         return place, server
+
+    def _knows_better(self, memory: Memory, front: Front, p: Packet) -> bool:
+        """Than the flow rule, where the connection is: not while it opens, for that has the SYNs' numbers."""
+        if p.opens:
+            return self.flows.in_use(memory, False)
+        return memory.state != OPENING or front.stateless
 
     def _reveal(
         self, key: tuple[int, bytes, tuple[int, int]], place: tuple[bytes, int], shown: tuple[bytes, int]
@@ -458,10 +533,12 @@ class Model:
             self.mapped[key] = shown
         return shown
 
-    def _is_open(self, memory: Memory) -> bool:
-        if memory.state == OPENING:
-            return self.flows.tick - memory.tick <= OPENING_LASTS
-        return self.flows.in_use(memory, False)
+    def mapped_states(self) -> Counter[tuple[int, int, bool, int]]:
+        """Backend, state, whether it is answered, and for how long it has been silent."""
+        return Counter(
+            (m.memory.server, m.memory.state, m.answered, self.flows.tick - m.memory.tick)
+            for m in self.mappings.values()
+        )
 
     def _new_place(self, p: Packet) -> tuple[bytes, int]:
         """Any that is free is right: taken from what was sent. If nothing was, a later packet shows it."""
@@ -482,6 +559,7 @@ class Model:
         if mapping is None or server is None or p.hops <= 1:
             return self._no_port(p)
         mapping.memory.see(self.flows.tick, CLOSING if p.flags & (FIN | RST) else 0)
+        mapping.answered |= not p.flags & RST
         front = self.gateway.fronts[mapping.front]
         route = self.gateway.route(mapping.client)
         fits = p.length <= route.mtu

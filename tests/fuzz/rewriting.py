@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fuzz.gateway import Front, Server
-from fuzz.wire import ACK, FIN, LATER, RST, SYN, TCP, UDP, Packet, Quoted, check_of, number, pseudo, recheck
+from fuzz.wire import ACK, FIN, LATER, RST, SYN, TCP, UDP, Packet, Quoted, check_of, number, pseudo, read, recheck
 
 ANSWER_HOPS = 64
 MOST_QUOTED = 128
 """Of the packet that an ICMP error is about."""
+LEAST_IPV6_MTU = 1280
 
 
 def addressed(frame: bytes, mac: bytes, own_mac: bytes) -> bytes:
@@ -187,4 +188,22 @@ def unreachable(p: Packet) -> bytes:
 
 
 def too_big(p: Packet, mtu: int) -> bytes:
-    return _icmp(p, (3, 4), (2, 0), mtu)
+    """An IPv6 host need not heed less than what each link carries (RFC 8201 4)."""
+    return _icmp(p, (3, 4), (2, 0), mtu if p.version == 4 else max(mtu, LEAST_IPV6_MTU))
+
+
+def fragments(p: Packet, frame: bytes, most: int) -> list[Packet]:
+    """RFC 791 3.2: IPv4 packets of that size at most, without tags or padding, that are the packet together."""
+    size = (most - 20) // 8 * 8
+    pieces = []
+    for offset in range(0, p.size, size):
+        payload = frame[p.start + offset : p.end][:size]
+        head = bytearray(frame[p.at : p.start])
+        _put(head, 2, (20 + len(payload)).to_bytes(2, "big"))
+        more = 0x2000 if offset + size < p.size else 0
+        _put(head, 6, ((number(head, 6) + offset // 8 & 0xFFFF) | more).to_bytes(2, "big"))
+        _patch(head, 10, frame[p.at + 2 : p.at + 4] + frame[p.at + 6 : p.at + 8], bytes(head[2:4] + head[6:8]))
+        piece = read(frame[:12] + frame[p.at - 2 : p.at] + head + payload)
+        assert piece is not None
+        pieces.append(piece)
+    return pieces

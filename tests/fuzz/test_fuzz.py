@@ -35,7 +35,7 @@ def test_program_and_model_agree(loaded: dict[str, Arena], world: str) -> None:
         if finding:
             finding = search.shrink(arena, finding)
             pytest.fail("\n".join([*finding.complaints, finding.case(f"a sequence of {world}")]))
-    assert tally.frames > 0.98 * SEQUENCES[world] * search.LENGTH
+    assert tally.frames > 0.96 * SEQUENCES[world] * search.LENGTH
     assert tally.verdicts[0] == 0
     assert min(tally.verdicts[1:]) > 100
 

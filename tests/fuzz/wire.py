@@ -70,6 +70,7 @@ class Packet:
     broken: bool = False
     ports: tuple[int, int] = (0, 0)
     flags: int = 0
+    sequence: int = 0
 
     @property
     def end(self) -> int:
@@ -170,7 +171,7 @@ def read_transport(p: Packet) -> bool:
     if p.protocol == TCP:
         if not 20 <= (header[12] >> 4) * 4 <= p.size:
             return False
-        p.flags = header[13]
+        p.flags, p.sequence = header[13], int.from_bytes(header[4:8], "big")
     else:
         length = number(header, 4)
         if length < 8 or (length > p.size and p.fragment == WHOLE):
@@ -188,11 +189,32 @@ class Quoted:
     source: bytes
     destination: bytes
     protocol: int
-    ports: tuple[int, int]
+    ports: tuple[int, int] = (0, 0)
 
 
 def read_error(p: Packet) -> Quoted | None:
     """What an ICMP error quotes, if it is one about TCP or UDP and quotes the 8 bytes of RFC 792; else None."""
+    q = _read_quoted(p)
+    if q is None or q.protocol not in (TCP, UDP) or q.start + 8 > p.end:
+        return None
+    q.ports = number(p.frame, q.start), number(p.frame, q.start + 2)
+    return q
+
+
+def read_report(p: Packet) -> tuple[Quoted, int] | None:
+    """What a router found too big, and for what it would not have been: RFC 1191, RFC 8201."""
+    q = _read_quoted(p)
+    if q is None:
+        return None
+    kind, code = p.frame[p.start : p.start + 2]
+    if (kind, code) != (3, 4) if p.version == 4 else kind != 2:
+        return None
+    rest = p.frame[p.start + 4 : p.start + 8]
+    return q, int.from_bytes(rest[2:] if p.version == 4 else rest, "big")
+
+
+def _read_quoted(p: Packet) -> Quoted | None:
+    """The same about any protocol, without its ports."""
     if p.fragment != WHOLE or p.start + 8 > len(p.frame):
         return None
     if p.frame[p.start] not in ((3, 4, 11, 12) if p.version == 4 else (1, 2, 3, 4)):
@@ -216,9 +238,7 @@ def read_error(p: Packet) -> Quoted | None:
             length = 8 if protocol == FRAGMENT else 8 + frame[start + 1] * 8
             protocol = frame[start]
             start += length
-    if protocol not in (TCP, UDP) or start + 8 > p.end:
-        return None
-    return Quoted(at, start, source, destination, protocol, (number(frame, start), number(frame, start + 2)))
+    return Quoted(at, start, source, destination, protocol)
 
 
 def faults(frame: bytes, deep: bool = True) -> list[str]:
