@@ -16,11 +16,12 @@ from packets import BACK_MAC, BEHIND_ROUTER, CLIENT, CLIENT_MAC, FRONT_MAC, ROUT
 from reference import Hash, aged
 from world import NARROW, OWN, UNREACHABLE
 
+from fuzz.flows import ESTABLISHED
 from fuzz.gateway import NO_ROUTE, Front, Gateway, Route, Server
-from fuzz.model import DROP, PASS, REDIRECT, TX, VERDICTS, Expected, Model, Seen
-from fuzz.wire import faults
+from fuzz.model import DROP, OTHERS, PASS, REDIRECT, TX, VERDICTS, Expected, Filling, Model, Seen
+from fuzz.wire import MAPPED, Packet, faults
 from fuzz.worlds import SMALL, config
-from xdplb.abi import COPIES, BackendFlag, FlowTimes
+from xdplb.abi import COPIES, FIRST_SOURCE_PORT, SETS_PER_SOURCE, BackendFlag, FlowTimes
 from xdplb.core import link_facts, requirements
 from xdplb.core.hash_key import HashKey
 from xdplb.core.nat_replies import shared_backends
@@ -57,7 +58,7 @@ _TEST_RUN = 10
 @dataclass(frozen=True, slots=True)
 class Step:
     """One line of a sequence: a frame that arrives (front, back), time that passes (age), that routers' reports about
-    tunnels are heeded (heed), or a change of a backend.
+    tunnels are heeded (heed), that others have all of full NAT's ports (fill), or a change of a backend.
     """
 
     what: str
@@ -163,8 +164,10 @@ class Arena:
         self._answers = [
             np.frombuffer(syscall.map_memory(plane.fd(name)), np.uint64) for name in ("answer_budgets", "answer_totals")
         ]
+        tuples = np.frombuffer(syscall.map_memory(plane.fd("snat_tuples")), np.uint64)
+        self._tuples = tuples[: 3 * plane.snat_words.size].reshape(-1, 3)
         self.gateway = self._gateway()
-        self.model = Model(self.gateway, HASH, SYN_RECORDS, self._counted_more)
+        self.model = Model(self.gateway, HASH, SYN_RECORDS, self._counted_more, self._mapped_at)
         self._sources = [bytes(a.packed) for version in (4, 6) for a in self.config.sources(version)]
         self._keep()
         self._before = self._counters()
@@ -257,6 +260,8 @@ class Arena:
             return result
         if step.what == "age":
             self._age(int(step.argument))
+        elif step.what == "fill":
+            self._fill(step.argument == b"answered")
         elif step.what == "heed":
             self._changed = True
             self._learn_mtus()
@@ -273,6 +278,26 @@ class Arena:
         """What the copies of a packet become at the other end."""
         copies = [self.run_copy(order, self.interfaces[FRONT_SIDE]) for _ in range(COPIES)]
         return [copy.frame for copy in copies if copy.verdict != DROP]
+
+    def _fill(self, answered: bool) -> None:
+        """Others have all of full NAT's places: only at the beginning."""
+        words = self.plane.snat_words
+        word = 1 << 32 | answered << 31 | OTHERS << 14 | (self.clock.tick & 0xFFF) << 2 | ESTABLISHED
+        words[:] = word
+        self.model.filling = Filling(self.model.flows.tick, answered, words.size)
+
+    def _mapped_at(self, front: Front, p: Packet) -> tuple[bytes, int] | None:
+        wire = p.source if p.version == 6 else MAPPED + p.source
+        wire += b"".join(port.to_bytes(2, "big") for port in p.ports) + struct.pack("<I", front.id)
+        *address, flow = np.frombuffer(wire, np.uint64)
+        for place in np.flatnonzero(self._tuples[:, 2] == flow):
+            if (
+                self._tuples[place, :2].tolist() == address
+                and 0 < int(self.plane.snat_words.flat[place]) >> 14 & 0x1FFFF < OTHERS
+            ):
+                source, port = divmod(int(place), 8 * SETS_PER_SOURCE)
+                return self.gateway.pool[source], FIRST_SOURCE_PORT + port
+        return None
 
     def _learn_mtus(self) -> None:
         """Reports in the map become the backends' MTUs; and in the model what should have been reported."""
@@ -485,7 +510,9 @@ class Arena:
         found += _unequal("looked at", looked_at, dict.fromkeys(model.nat.looked_at, 1))
         if self._sources:
             words = plane.snat_words[np.flatnonzero(plane.snat_words)]
-            states = Counter((int(w) >> 14 & 0x1FFFF, int(w) & 3, bool(int(w) >> 31 & 1), self._idle(w)) for w in words)
+            states = Counter()
+            for w, n in zip(*np.unique(words, return_counts=True), strict=True):
+                states[int(w) >> 14 & 0x1FFFF, int(w) & 3, bool(int(w) >> 31 & 1), self._idle(w)] += int(n)
             found += _unequal("mappings (backend, state, answered, idle)", states, model.mapped_states())
         reports = {end.packed: self.tunnels.report(end) for end in self._ends}
         known = {

@@ -59,6 +59,7 @@ class Generator:
         self.random = Random(seed)
         self.arena = arena
         self.fronts = list(arena.gateway.fronts.values())
+        self.begins = True
         self.aged = 0
         self.came: deque[tuple[str, bytes]] = deque(maxlen=40)
         self.left: deque[tuple[str, bytes]] = deque(maxlen=40)
@@ -88,6 +89,10 @@ class Generator:
 
     def step(self) -> Step:
         r = self.random.random()
+        if self.begins:
+            self.begins = False
+            if self.arena.gateway.pool and r < 0.04:
+                return Step("fill", b"answered" if r < 0.01 else b"unanswered")
         if r < 0.005 and self.aged < _OLDEST:
             ticks = self.random.choice(_AGES)
             self.aged += ticks

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from reference import Hash
 
 from fuzz import rewriting
-from fuzz.flows import CLOSING, OPENING, Flows, Memory, is_new, state_of
+from fuzz.flows import CLOSING, ESTABLISHED, OPENING, Flows, Memory, is_new, state_of
 from fuzz.gateway import Front, Gateway, Route, Server
 from fuzz.nat import NatFlows, begins_connection
 from fuzz.wire import (
@@ -43,6 +43,10 @@ PIECES, MOST_TO_CUT = 4, 3300
 LEAST_MTU = {4: 552, 6: 1280}
 """Less than that is not believed of any way."""
 REPORT_LASTS = 600
+OTHERS = 1 << 16
+"""In place of a server: full NAT's places that are taken already."""
+MAPPING_LASTS = 60, 900, 300, 2
+"""By state, in ticks. What closed keeps its port for two."""
 UNTAGGED = 14
 """Where the IP packet begins in a frame without tags."""
 TO_KERNEL = 0
@@ -70,6 +74,16 @@ class Mapping:
 
 
 @dataclass(slots=True)
+class Filling:
+    """Others have all of full NAT's places, since `tick` and established, but for those that were `taken` from them."""
+
+    tick: int
+    answered: bool
+    places: int
+    taken: set[tuple[bytes, int]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class Seen:
     """What the packet path did with the frame, for where a rule leaves it a choice."""
 
@@ -88,11 +102,20 @@ class Report:
 
 class Model:
     def __init__(
-        self, gateway: Gateway, hasher: Hash, records: int, counted_more: Callable[[Front], Server | None]
+        self,
+        gateway: Gateway,
+        hasher: Hash,
+        records: int,
+        counted_more: Callable[[Front], Server | None],
+        mapped_at: Callable[[Front, Packet], tuple[bytes, int] | None],
     ) -> None:
-        """`records`: of SYNs. `counted_more`: which of a service's backends has a flow more than is known here."""
+        """`records`: of SYNs. `counted_more`: which of a service's backends has a flow more than is known here.
+        `mapped_at`: which source address and port a flow has.
+        """
         self.gateway = gateway
         self.counted_more = counted_more
+        self.mapped_at = mapped_at
+        self.filling: Filling | None = None
         self.counters: Counter[str] = Counter()
         self.flows = Flows(gateway, hasher, self.counters, records)
         self.fragments: dict[tuple[bytes, bytes, bytes, int], tuple[int, bool]] = {}
@@ -111,6 +134,7 @@ class Model:
         self.nat.forget()
         for memory in (self.fragments, self.mappings, self.mapped, self.hidden, self.reports):
             memory.clear()
+        self.filling = None
         self.counters.clear()
 
     def judge(self, frame: bytes, arrives: int, seen: Seen) -> Expected:
@@ -209,11 +233,11 @@ class Model:
 
     def _seen_server(self, front: Front) -> Server | None:
         """To which backend the packet went, by the MAC address of its frame. If it did not go, the choice shows only in
-        how many flows the backends have.
+        how many flows the backends have. So it does for full NAT with affinity: a mapping may not be at its client's.
         """
         if not front.counts:
             return None
-        if self.seen.verdict in (TX, REDIRECT):
+        if self.seen.verdict in (TX, REDIRECT) and not (front.forward == "full-nat" and front.by_client):
             mac = self.seen.frame[:6]
             found = next((server for server in front.servers.values() if server.mac == mac), None)
             if found:
@@ -487,6 +511,8 @@ class Model:
 
     def _full_nat(self, p: Packet, front: Front, server: Server) -> Expected:
         place, mapped = self._mapping(p, front, server)
+        if place is None:
+            return self._drop(p, front.id, "ports_exhausted")
         if mapped != server:
             server = mapped
             self.flows.follow(front, p, self.mappings[place].memory)
@@ -496,13 +522,18 @@ class Model:
         frame = rewriting.translate(p, rewriting.hop(p, p.frame), place, (server.address, server.port or 0))
         return self._deliver(p, frame, front, server, 0)
 
-    def _mapping(self, p: Packet, front: Front, server: Server) -> tuple[tuple[bytes, int], Server]:
-        """The source address and port of the flow, and its backend: the one that it has, unless a connection begins."""
+    def _mapping(self, p: Packet, front: Front, server: Server) -> tuple[tuple[bytes, int] | None, Server]:
+        """The source address and port of the flow, None where it gets none; and its backend: the one that it has,
+        unless a connection begins.
+        """
         key = front.id, p.source, p.ports
         place = self.mapped.get(key)
         tick = self.flows.tick
         if place is None:
-            place = self.mapped[key] = self._new_place(p)
+            place = self._free_place(p, front) if self.filling else self._new_place(p)
+            if place is None:
+                return None, server
+            self.mapped[key] = place
             self.mappings[place] = Mapping(front.id, p.source, p.ports, Memory(server.id, tick, state_of(p)))
             return place, server
         place = self._reveal(key, place, self._new_place(p) if place in self.hidden else place)
@@ -524,6 +555,28 @@ class Model:
             return self.flows.in_use(memory, False)
         return memory.state != OPENING or front.stateless
 
+    def _free_place(self, p: Packet, front: Front) -> tuple[bytes, int] | None:
+        """Where all are taken: one of a flow that has to give way for it, which the program's memory tells."""
+        place, filling = self.mapped_at(front, p), self.filling
+        if filling is None or (place is None and not self._gives_way(ESTABLISHED, filling.answered, filling.tick)):
+            return None
+        if place is None or len(place[0]) != len(p.source):
+            return self._new_place(p)
+        if place in self.mappings:
+            known = self.mappings[place]
+            if not self._gives_way(known.memory.state, known.answered, known.memory.tick):
+                return self._new_place(p)
+            del self.mapped[known.front, known.client, known.ports]
+        elif place not in filling.taken and not self._gives_way(ESTABLISHED, filling.answered, filling.tick):
+            return None
+        filling.taken.add(place)
+        return place
+
+    def _gives_way(self, state: int, answered: bool, tick: int) -> bool:
+        """docs/forward-modes.md: what closed or was silent for long, never got beyond its SYN, or nobody answered."""
+        idle = self.flows.tick - tick
+        return not answered or (state == OPENING and idle > 0) or idle > MAPPING_LASTS[state]
+
     def _reveal(
         self, key: tuple[int, bytes, tuple[int, int]], place: tuple[bytes, int], shown: tuple[bytes, int]
     ) -> tuple[bytes, int]:
@@ -535,10 +588,14 @@ class Model:
 
     def mapped_states(self) -> Counter[tuple[int, int, bool, int]]:
         """Backend, state, whether it is answered, and for how long it has been silent."""
-        return Counter(
+        found = Counter(
             (m.memory.server, m.memory.state, m.answered, self.flows.tick - m.memory.tick)
             for m in self.mappings.values()
         )
+        if filling := self.filling:
+            others = OTHERS, ESTABLISHED, filling.answered, self.flows.tick - filling.tick
+            found[others] = filling.places - len(filling.taken)
+        return found
 
     def _new_place(self, p: Packet) -> tuple[bytes, int]:
         """Any that is free is right: taken from what was sent. If nothing was, a later packet shows it."""

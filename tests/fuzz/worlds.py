@@ -128,12 +128,27 @@ def affinity() -> Iterator[Service]:
         yield service("client lc", v, 142, Forward.DSR, "80/tcp", 3, affinity=clients, scheduler=Scheduler.LC)
 
 
+def full_nat_remembering() -> Iterator[Service]:
+    """Where flows and clients are remembered beside the mappings."""
+    for v in (4, 6):
+        yield service("full lc", v, 161, Forward.FULL_NAT, "80/tcp", 3, scheduler=Scheduler.LC, on_down=OnDown.KEEP)
+        yield service("full p2c", v, 162, Forward.FULL_NAT, "80/tcp", 3, scheduler=Scheduler.P2C)
+        yield service("full p2c", v, 162, Forward.FULL_NAT, "53/udp", 3, scheduler=Scheduler.P2C)
+        yield service("full client", v, 163, Forward.FULL_NAT, "80/tcp", 3, affinity=Affinity(28, 120))
+        yield service(
+            "full client rr", v, 164, Forward.FULL_NAT, "80/tcp", 3, affinity=Affinity(28, 120), scheduler=Scheduler.RR
+        )
+        yield service("full none", v, 165, Forward.FULL_NAT, "80/tcp", 3, flows=FlowMemory.NONE)
+        yield service("full every", v, 166, Forward.FULL_NAT, "80/tcp", 3, flows=FlowMemory.ALL)
+        yield service("full source", v, 167, Forward.FULL_NAT, "80/tcp", 3, scheduler=Scheduler.SOURCE_HASH)
+
+
 PARTS: Mapping[str, tuple[Callable[[], Iterator[Service]], ...]] = {
-    "all": (nat, dsr, tunnels, full_nat, counting, affinity),
+    "all": (nat, dsr, tunnels, full_nat, counting, affinity, full_nat_remembering),
     "nat": (nat,),
     "dsr": (dsr,),
     "tunnels": (tunnels,),
-    "full-nat": (full_nat,),
+    "full-nat": (full_nat, full_nat_remembering),
     "counting": (counting, affinity),
 }
 
