@@ -45,16 +45,18 @@ static __always_inline int by_kernel(struct packet *p, struct quoted *q, __u32 i
 	struct backend *backend = backends.lookup(&id);
 	struct service *service = backend ? services.lookup(&backend->service) : NULL;
 	__u32 room;
+	bool nat;
 
 	if (!service)
 		return verdict(XDP_ABORTED);
+	nat = HAVE_NAT && service->forward == FORWARD_NAT;
 	room = encapsulates(service) ? outer_length(service, backend) : 0;
-	if (p->length + room > backend->kernel_mtu && (room || !may_be_fragmented(p)))
+	if (p->length + room > backend->kernel_mtu && !(nat && may_be_fragmented(p)))
 		return answer(p->ctx, ANSWER_TOO_BIG, backend->service, backend->kernel_mtu - room);
 	count_forwarded(id, p->length, (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN);
 	if (encapsulates(service))
 		return wrap_for_kernel(p, service, backend, hash_of(p, service, q));
-	if (!HAVE_NAT || service->forward != FORWARD_NAT)
+	if (!nat)
 		return verdict(XDP_ABORTED);
 	if (q->network) {
 		translate_error(p, q, backend, id);

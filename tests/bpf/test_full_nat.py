@@ -205,12 +205,7 @@ def test_there_and_back(gateway: Gateway, version: int, protocol: str, tags: Tag
 def test_there_and_back_by_the_kernel(gateway: Gateway, version: int, protocol: str) -> None:
     """It gets the packet translated, in a frame to this host and with all its hops."""
     build, flow = TRANSPORTS[protocol], client(version, protocol)
-    for key, (id_, _) in list(gateway.engine.applied.backends.items()):
-        next_hop = gateway.engine.statuses.get(key).next_hop
-        assert next_hop is not None and id_
-        status = BackendStatus(HealthState.UP, Admin.ACTIVE, None, replace(next_hop, by_kernel=True))
-        gateway.engine.update(key, status)
-    gateway.engine.apply_all()
+    lead(gateway, by_kernel=True)
     verdict, out = gateway.run(frame((tcp("S") if protocol == "tcp" else udp())(flow)))
     assert verdict is Verdict.PASS and reference.faults(raw(out)) == []
     seen = ends(out)
@@ -219,6 +214,27 @@ def test_there_and_back_by_the_kernel(gateway: Gateway, version: int, protocol: 
     assert (verdict, raw(out)) == (Verdict.PASS, raw(frame(build(seen))))
     verdict, out = gateway.run(frame(build(replace(seen, ttl=64).back()), BACKEND_MAC, FRONT_MAC))
     assert (verdict, raw(out)) == (Verdict.TX, raw(frame(build(flow.back().hop()), FRONT_MAC, CLIENT_MAC)))
+
+
+@pytest.mark.parametrize("by_kernel", [False, True], ids=["by XDP", "by the kernel"])
+@pytest.mark.parametrize("flags", [0, "DF"])
+def test_what_does_not_fit_is_answered(gateway: Gateway, by_kernel: bool, flags: int | str) -> None:
+    """With full NAT nothing is fragmented."""
+    lead(gateway, by_kernel, mtu=1300)
+    packet = udp(bytes(1300))(client(4, "udp"))
+    packet.flags = flags
+    verdict, out = gateway.run(frame(packet))
+    assert (verdict, out[IP].src, out[IP].dst, out.payload.payload.type) == (Verdict.TX, VIP[4], CLIENT[4], 3)
+    assert gateway.drops("udp4") == {"too_big": 1}
+
+
+def lead(gateway: Gateway, by_kernel: bool, mtu: int = MTU) -> None:
+    """Has the kernel forward to all backends, or XDP, on such a way."""
+    for key in list(gateway.engine.applied.backends):
+        status = gateway.engine.statuses.get(key)
+        assert status.next_hop is not None
+        gateway.engine.update(key, replace(status, next_hop=replace(status.next_hop, by_kernel=by_kernel, mtu=mtu)))
+    gateway.engine.apply_all()
 
 
 def test_every_flow_has_a_port_of_its_own_and_keeps_it(gateway: Gateway, version: int, protocol: str) -> None:
