@@ -142,9 +142,11 @@ static __always_inline int move_to_backend(struct packet *p, const struct tail_c
 
 	if (!backend)
 		return verdict(XDP_ABORTED);
+	if (hops_used_up(p))
+		return pass();
 	if (backend->flags & BACKEND_BY_KERNEL)
 		return continue_at(p->ctx, STAGE_BY_KERNEL);
-	if (p->length > backend->mtu && may_be_fragmented(p) && !hops_used_up(p))
+	if (p->length > backend->mtu && may_be_fragmented(p))
 		return continue_at(p->ctx, STAGE_CUT);
 	if (!admit_with(p, backend, call->backend, 0, &action))
 		return action;

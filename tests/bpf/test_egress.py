@@ -17,6 +17,7 @@ from packets import (
     TAGS,
     TRANSPORTS,
     Build,
+    Case,
     Flow,
     Tags,
     Verdict,
@@ -116,6 +117,19 @@ def test_what_does_not_fit_is_answered_as_ever(world: World, mode: Mode) -> None
         assert world.run(packet) == usual and usual[0] is Verdict.TX
     finally:
         lead(world, service, False)
+
+
+@pytest.mark.parametrize("mode", FORWARDED, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS.keys())
+def test_without_a_hop_left_the_kernel_gets_it_as_it_came(world: World, mode: Mode, tags: Tags) -> None:
+    """Also where its source port may have to be another one."""
+    lead(world, mode.service("udp"), True)
+    try:
+        for length in (10, 1400):
+            packet = frame(udp(bytes(length))(mode.flow("udp", ttl=1)), tags=tags)
+            world.check(Case("", packet, Verdict.PASS, packet, {}))
+    finally:
+        lead(world, mode.service("udp"), False)
 
 
 def test_with_nat_the_kernel_makes_fragments_of_what_may_be_fragmented(world: World) -> None:
