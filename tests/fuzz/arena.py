@@ -20,7 +20,7 @@ from fuzz.flows import ESTABLISHED
 from fuzz.gateway import NO_ROUTE, Front, Gateway, Route, Server
 from fuzz.model import DROP, OTHERS, PASS, REDIRECT, TX, VERDICTS, Expected, Filling, Model, Seen
 from fuzz.wire import MAPPED, Packet, faults
-from fuzz.worlds import SMALL, config
+from fuzz.worlds import KERNEL, SMALL, config
 from xdplb.abi import COPIES, FIRST_SOURCE_PORT, SETS_PER_SOURCE, BackendFlag, FlowTimes
 from xdplb.core import link_facts, requirements
 from xdplb.core.hash_key import HashKey
@@ -185,6 +185,7 @@ class Arena:
             dest_mac=bytes((2, 0xBB, 0, 0, place, number)),
             source=ip_address(OWN[backend.address.version]),
             mtu=SMALL_MTU if SMALL in service.name else MTU,
+            by_kernel=KERNEL in service.name,
         )
         down = "down" in service.name
         state = HealthState.DOWN if down else HealthState.UP
@@ -373,8 +374,9 @@ class Arena:
                     bytes(entry.macs[:6]),
                     bytes(entry.macs[6:]),
                     entry.ifindex,
-                    entry.mtu,
-                    entry.mtu,
+                    entry.kernel_mtu or entry.mtu,
+                    entry.kernel_mtu or entry.mtu,
+                    KERNEL in service.name,
                     service.forward is Forward.NAT and (key in shared or service.listen.protocol is Protocol.UDP),
                 )
                 gateway.servers[number] = front.servers[number] = server

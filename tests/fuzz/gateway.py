@@ -9,8 +9,9 @@ from xdplb.model import Service
 
 @dataclass(slots=True)
 class Server:
-    """A backend. `port` None: it takes the packet's own. `up`, `keeps`, `weight`: what the control plane said last.
-    `mtu`: of the way there, `link_mtu` of its first link. `per_flow`: its replies do not say of which flow they are.
+    """A backend. `port` None: it takes the packet's own. `mtu`: of the way there; `link_mtu`: of its first link.
+    `by_kernel`: XDP cannot send there. `per_flow`: its replies do not say of which flow they are. `up`, `keeps`,
+    `weight`: what the control plane said last.
     """
 
     id: int
@@ -23,6 +24,7 @@ class Server:
     ifindex: int
     link_mtu: int
     mtu: int
+    by_kernel: bool = False
     per_flow: bool = False
     up: bool = True
     keeps: bool = False

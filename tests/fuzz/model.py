@@ -259,7 +259,7 @@ class Model:
         if p.hops > 1 and p.length + around > server.mtu and self._may_be_cut(p):
             if front.forward == "nat":
                 return self._by_kernel_in_fragments(p, server, source)
-            if front.forward in ("ipip", "gue") and self._can_be_cut(p, server.mtu - around):
+            if around and not server.by_kernel and self._can_be_cut(p, server.mtu - around):
                 return self._in_fragments(p, front, server, server.mtu - around)
         refused = self._admit(p, server, around)
         if refused:
@@ -307,8 +307,16 @@ class Model:
         if front.forward in ("ipip", "gue"):
             own = self.gateway.tunnel_sources[4 if len(server.address) == 4 else 6]
             frame = rewriting.wrap(p, frame, front, server, own, hashed)
+        if server.by_kernel:
+            return self._forwarded_by_kernel(p, frame, front)
         frame = rewriting.untagged(p, rewriting.addressed(frame, server.mac, server.own_mac))
         return self._send(frame, server.ifindex, f"to backend by {front.forward}")
+
+    def _forwarded_by_kernel(self, p: Packet, frame: bytes, front: Front) -> Expected:
+        """In the frame as it came. The kernel takes a hop of its own: from a tunnel's outer packet it does no harm."""
+        if front.forward in ("nat", "full-nat"):
+            frame = rewriting.hop(p, frame, -1)
+        return self._kernel(frame, f"to backend by {front.forward} and the kernel")
 
     # Answers.
 
@@ -599,7 +607,7 @@ class Model:
 
     def _new_place(self, p: Packet) -> tuple[bytes, int]:
         """Any that is free is right: taken from what was sent. If nothing was, a later packet shows it."""
-        if self.seen.verdict in (TX, REDIRECT):
+        if self.seen.verdict in (PASS, TX, REDIRECT):
             sent = read(self.seen.frame)
             if sent and not sent.broken and sent.source in self.gateway.pool and len(sent.source) == len(p.source):
                 place = sent.source, number(sent.frame, sent.start)
@@ -641,7 +649,7 @@ class Model:
         place = self.mapped.get(key)
         if place is None:
             return self._kernel(p.frame, "ICMP")
-        if place in self.hidden and self.seen.verdict in (TX, REDIRECT):
+        if place in self.hidden and self.seen.verdict in (PASS, TX, REDIRECT) and self.seen.frame != p.frame:
             place = self._reveal(key, place, self._place_in_quotation(p, q))
         server = self.gateway.servers[self.mappings[place].memory.server]
         refused = self._admit(p, server, 0)

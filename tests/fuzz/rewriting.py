@@ -20,13 +20,13 @@ def untagged(p: Packet, frame: bytes) -> bytes:
     return frame[:12] + frame[p.at - 2 :]
 
 
-def hop(p: Packet, frame: bytes) -> bytes:
-    """One hop less."""
+def hop(p: Packet, frame: bytes, less: int = 1) -> bytes:
+    """One hop less, or one more."""
     at = p.at
     if p.version == 6:
-        return frame[: at + 7] + bytes((frame[at + 7] - 1,)) + frame[at + 8 :]
+        return frame[: at + 7] + bytes((frame[at + 7] - less,)) + frame[at + 8 :]
     old = frame[at + 8 : at + 10]
-    new = bytes((old[0] - 1, old[1]))
+    new = bytes((old[0] - less, old[1]))
     check = recheck(number(frame, at + 10), old, new).to_bytes(2, "big")
     return frame[: at + 8] + new + check + frame[at + 12 :]
 

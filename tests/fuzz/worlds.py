@@ -28,6 +28,8 @@ VIPS = {4: "203.0.113.{}", 6: "2001:db8:a::{}"}
 BACKENDS = {4: "10.0.{}.{}", 6: "fd00:{}::{}"}
 SMALL = "small"
 """In a service's name: the way to its backends is narrow."""
+KERNEL = "kernel"
+"""In a service's name: XDP cannot send to its backends."""
 
 
 def service(
@@ -143,18 +145,32 @@ def full_nat_remembering() -> Iterator[Service]:
         yield service("full source", v, 167, Forward.FULL_NAT, "80/tcp", 3, scheduler=Scheduler.SOURCE_HASH)
 
 
+def by_kernel() -> Iterator[Service]:
+    for v in (4, 6):
+        yield service(f"nat {KERNEL}", v, 181, Forward.NAT, "80/tcp", 2, port=8080)
+        yield service(f"nat {KERNEL} {SMALL}", v, 181, Forward.NAT, "90/udp", network=182)
+        yield service(f"shared {KERNEL} one", v, 183, Forward.NAT, "80/tcp", port=8080)
+        yield service(f"shared {KERNEL} two", v, 184, Forward.NAT, "80/tcp", port=8080, network=183)
+        yield service(f"full {KERNEL}", v, 185, Forward.FULL_NAT, "80/tcp", 2, port=8080)
+        yield service(f"full {KERNEL} {SMALL}", v, 185, Forward.FULL_NAT, "90/udp", network=186)
+        yield service(f"ipip {KERNEL}", v, 187, Forward.IPIP, "80/tcp", 2)
+        yield service(f"ipip {KERNEL} {SMALL}", v, 187, Forward.IPIP, "90/udp", outer=10 - v, network=188)
+        yield service(f"gue {KERNEL}", v, 189, Forward.GUE, "53/udp", 2, outer=10 - v)
+        yield service(f"gue {KERNEL} {SMALL}", v, 189, Forward.GUE, "90/udp", network=190)
+
+
 PARTS: Mapping[str, tuple[Callable[[], Iterator[Service]], ...]] = {
-    "all": (nat, dsr, tunnels, full_nat, counting, affinity, full_nat_remembering),
+    "all": (nat, dsr, tunnels, full_nat, counting, affinity, full_nat_remembering, by_kernel),
     "nat": (nat,),
     "dsr": (dsr,),
     "tunnels": (tunnels,),
     "full-nat": (full_nat, full_nat_remembering),
+    "by-kernel": (by_kernel,),
     "counting": (counting, affinity),
 }
 
 
 def config(name: str) -> Config:
     services = tuple(service for part in PARTS[name] for service in part())
-    return Config(
-        ("front", "back"), services, source_pool=tuple(map(ip_address, SOURCES)) if full_nat in PARTS[name] else ()
-    )
+    has_full_nat = any(service.forward is Forward.FULL_NAT for service in services)
+    return Config(("front", "back"), services, source_pool=tuple(map(ip_address, SOURCES)) if has_full_nat else ())
