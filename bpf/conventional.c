@@ -63,7 +63,7 @@ int conventional(struct xdp_md *ctx)
 
 	if (parse_network(p, ctx, false) != PARSED)
 		return pass();
-	to = find_address(&p->destination);
+	to = find_address(p, &p->destination);
 	if (!to || parse_transport(p, false) != PARSED)
 		return pass();
 	id = find_interval(to->services, port_key(p->protocol, destination_port(p)));

@@ -106,7 +106,7 @@ static __always_inline __u32 parse_full_nat(struct packet *p, struct xdp_md *ctx
 
 	if (parse_network(p, ctx, true) != PARSED || p->fragment == LATER_FRAGMENT || parse_transport(p, true) != PARSED)
 		return 0;
-	to = find_address(&p->destination);
+	to = find_address(p, &p->destination);
 	return to ? find_interval(to->services, port_key(p->protocol, destination_port(p))) : 0;
 }
 

@@ -256,7 +256,7 @@ static __always_inline int icmp_to_backend(struct packet *p, struct quoted *q, s
 /* An error about a packet that a client's flow sent to a NAT backend, on its way to the client. */
 static __always_inline int icmp_to_client(struct packet *p, struct quoted *q)
 {
-	struct address_entry *about = find_address(&q->destination);
+	struct address_entry *about = find_address(p, &q->destination);
 	struct bpf_fib_lookup fib = {};
 	struct nat_reply reply;
 	struct backend *backend;

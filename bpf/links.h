@@ -4,7 +4,8 @@
  * interface and something that holds of it. That is a MAC address to which it takes frames, or a LINK_* below.
  *
  * The MAC addresses of an interface are those under which ip_rcv would take a packet there (xdplb/net/own_macs.py). If they are
- * not known, frames count as this host's, as if nobody had looked.
+ * not known, frames count as this host's, as if nobody had looked. Nearly all of them stand in the directory as well, where one
+ * look tells: it is at hand for every packet.
  */
 #ifndef XDPLB_LINKS_H
 #define XDPLB_LINKS_H
@@ -12,6 +13,7 @@
 #include "branchless.h"
 #include "frame.h"
 #include "maps.h"
+#include "parse.h"
 
 /* No interface owns these: they are for many. */
 #define LINK_MACS_ARE_KNOWN 0x01ULL
@@ -45,31 +47,20 @@ static __always_inline bool link_has(__u32 ifindex, __u64 what)
 	return found;
 }
 
-/* Is it the first of its set? Nearly all are. */
-static __always_inline bool link_has_first(__u32 ifindex, __u64 what)
-{
-	__u64 word = link_word(ifindex, what);
-	struct link_facts *facts = find_link_facts(word);
-
-	return facts && facts->word[0] == word;
-}
-
 /*
- * Is the frame another host's? A switch floods frames, a capture makes the card take all of them (RFC 1122 3.3.6). Asked where
- * there is something to be done, and few values are alive: earlier it costs twice as much.
+ * Is the frame not for this host alone? A switch floods frames, a capture makes the card take all of them (RFC 1122 3.3.6);
+ * what is for many, none of them may forward (RFC 1812 5.3.4). Asked by the first program, where there is something to be done.
  */
-static __always_inline bool is_for_another_host(struct xdp_md *ctx)
+static __always_inline bool is_for_others(const struct packet *p)
 {
-	const struct ethhdr *eth = frame_start(ctx);
-	__u32 ifindex = ingress(ctx);
-	__u64 mac;
+	const struct ethhdr *eth = p->network - sizeof(*eth);
+	__u64 mac = *(const __u64 *)eth->macs;
+	__u32 ifindex = ingress(p->ctx);
+	__u64 word = link_word(ifindex, mac);
 
-	if ((void *)(eth + 1) > frame_end(ctx))
+	if (p->directory->own_macs[word >> (64 - OWN_MAC_BITS)] == word)
 		return false;
-	mac = *(const __u64 *)eth->macs;
-	if (link_has_first(ifindex, mac))
-		return false;
-	return !link_has(ifindex, mac) && link_has(ifindex, LINK_MACS_ARE_KNOWN);
+	return mac & 1 || (!link_has(ifindex, mac) && link_has(ifindex, LINK_MACS_ARE_KNOWN));
 }
 
 #endif

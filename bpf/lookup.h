@@ -15,17 +15,13 @@ static __always_inline bool same_address(const struct address *a, const struct a
 	return a->hi == b->hi && a->lo == b->lo;
 }
 
-static __always_inline struct address_entry *find_address(const struct address *address)
+static __always_inline struct address_entry *find_address(const struct packet *p, const struct address *address)
 {
-	__u32 zero = 0;
-	struct directory *current = directory.lookup(&zero);
 	__u64 hash = hash_address(address);
 	struct address_bucket *bucket;
 	__u32 index, base;
 
-	if (!current)
-		return NULL;
-	base = current->half ? ADDRESS_BUCKETS : 0;
+	base = p->directory->half ? ADDRESS_BUCKETS : 0;
 #pragma unroll
 	for (int i = 0; i < 2; i++) {
 		index = base + (hash & (ADDRESS_BUCKETS - 1));
@@ -48,15 +44,15 @@ static __always_inline __u32 listening_bit(const struct address *address)
 }
 
 /* Do services listen on the address? Asked of the source of nearly every packet, and the answer is no: a bit says that. */
-static __always_inline bool is_listening(const struct address *address)
+static __always_inline bool is_listening(const struct packet *p, const struct address *address)
 {
-	__u32 zero = 0, bit = listening_bit(address);
-	struct directory *current = directory.lookup(&zero);
+	const struct directory *current = p->directory;
+	__u32 bit = listening_bit(address);
 	struct address_entry *entry;
 
-	if (!current || !(current->listening[!!current->half][bit / 64] >> bit % 64 & 1))
+	if (!(current->listening[!!current->half][bit / 64] >> bit % 64 & 1))
 		return false;
-	entry = find_address(address);
+	entry = find_address(p, address);
 	return entry && entry->services.count;
 }
 
@@ -75,7 +71,7 @@ static __always_inline bool is_martian(const struct packet *p)
 	} else if (first == 0xff || (p->source.hi & 0xc0ff) == 0x80fe || !(p->source.hi || p->source.lo & ~(1ULL << 56))) {
 		return true; /* multicast, link-local, :: and ::1 */
 	}
-	return is_listening(&p->source);
+	return is_listening(p, &p->source);
 }
 
 /* Binary search for the interval that holds `key`; its target, or 0. */

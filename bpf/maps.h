@@ -26,6 +26,8 @@ struct directory {
 	__u32 half;
 	__u32 alive_until;                   /* in ticks: after that, nobody takes care of all this any more (watchdog.h) */
 	__u64 listening[2][LISTENING_WORDS]; /* by half: bits of the addresses that services listen on (lookup.h) */
+	__u64 own_macs[1 << OWN_MAC_BITS]; /* words of links.h that stand for this host's MAC addresses: one a place, so nearly
+					      all */
 };
 
 /* How many reports have come, and for the latest of them to which address their tunnels lead. */

@@ -144,7 +144,7 @@ static __always_inline __u32 find_end(const struct address_entry *entry, __u32 p
 /* Past the services, to a NAT backend or from one. */
 static __always_inline int pass_services(struct packet *p)
 {
-	__u32 to = find_end(find_address(&p->destination), p->protocol, destination_port(p)), service = 0;
+	__u32 to = find_end(find_address(p, &p->destination), p->protocol, destination_port(p)), service = 0;
 
 	if (to && !may_go_directly(p, to, &service))
 		return answer(p->ctx, ANSWER_IN_USE, service, 0);

@@ -24,6 +24,7 @@ enum fragment_kind { WHOLE, FIRST_FRAGMENT, LATER_FRAGMENT };
 
 struct packet {
 	struct xdp_md *ctx;
+	const struct directory *directory; /* never NULL once the packet is parsed */
 	void *end;
 	union {
 		struct ipv4hdr *ip4;
@@ -247,14 +248,14 @@ static __always_inline bool is_tag(__be16 type)
 static __always_inline enum parsed parse_headers(struct packet *p, struct xdp_md *ctx, const bool full)
 {
 	struct ethhdr *eth = frame_start(ctx);
+	__u32 zero = 0;
 	__be16 type;
 
 	p->ctx = ctx;
 	p->end = frame_end(ctx);
-	if ((void *)(eth + 1) > p->end)
+	p->directory = directory.lookup(&zero);
+	if (!p->directory || (void *)(eth + 1) > p->end)
 		return PARSE_OTHER;
-	if (!full && eth->macs[0] & 1)
-		return PARSE_OTHER; /* to many hosts, none of which may forward it (RFC 1812 5.3.4) */
 	p->network = eth + 1;
 	p->link_length = sizeof(*eth);
 	type = eth->type;

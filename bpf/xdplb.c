@@ -90,7 +90,7 @@ static __always_inline int balance(struct packet *p, __u32 service_id, const boo
 /* For no service: maybe a reply of a NAT backend, maybe past the service to one. `to` is what is known at its destination. */
 static __always_inline int not_for_service(struct packet *p, const struct address_entry *to, const bool full)
 {
-	struct address_entry *from = find_address(&p->source);
+	struct address_entry *from = find_address(p, &p->source);
 	struct nat_reply from_backend = {};
 	__u32 named;
 
@@ -134,18 +134,18 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 		return pass();
 	parsed = parse_network(p, ctx, full);
 	if (parsed == PARSE_OTHER)
-		return pass(); /* not IP, or for many hosts */
+		return pass(); /* not IP */
 	if (!full && parsed == PARSE_FULL && p->version == 0)
-		return is_for_another_host(ctx) ? pass() : continue_at(ctx, STAGE_FULL); /* tagged */
+		return is_for_others(p) ? pass() : continue_at(ctx, STAGE_FULL); /* tagged */
 
-	to = find_address(&p->destination);
+	to = find_address(p, &p->destination);
 	if (!to || !to->services.count) {
-		probe = HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(&p->source);
+		probe = HAVE_PROBES && !to && parsed != PARSE_MALFORMED && is_listening(p, &p->source);
 		if (!probe && parsed == PARSE_MALFORMED)
 			return pass(); /* not ours */
 		if (!probe && !HAVE_NAT && !(HAVE_TUNNELS && is_icmp(p)))
 			return pass();
-		if (!full && is_for_another_host(ctx))
+		if (!full && is_for_others(p))
 			return pass();
 		if (probe)
 			return continue_at(ctx, STAGE_PROBE_REPLY); /* to a check through a service? */
@@ -155,7 +155,7 @@ static __always_inline int process(struct xdp_md *ctx, const bool full)
 			return continue_at(ctx, STAGE_FULL);
 		return not_for_service(p, to, full);
 	}
-	if (!full && is_for_another_host(ctx))
+	if (!full && is_for_others(p))
 		return pass();
 	if (parsed == PARSE_MALFORMED)
 		return drop(0, REASON(malformed));
@@ -209,7 +209,7 @@ static __always_inline bool parse_icmp_error(struct packet *p, struct xdp_md *ct
 /* The service that sent the quoted packet, or the source address of full NAT; 0 where it was neither. */
 static __always_inline __u32 find_quoted(const struct packet *p, const struct quoted *quoted)
 {
-	struct address_entry *to = find_address(&p->destination);
+	struct address_entry *to = find_address(p, &p->destination);
 
 	if (!to || !same_address(&quoted->source, &p->destination))
 		return 0;
@@ -338,7 +338,7 @@ int xdplb_nat_read(struct xdp_md *ctx)
 
 	if (!HAVE_NAT || parse_network(p, ctx, true) != PARSED || parse_transport(p, true) != PARSED)
 		return verdict(XDP_ABORTED);
-	from = find_end(find_address(&p->source), p->protocol, source_port(p));
+	from = find_end(find_address(p, &p->source), p->protocol, source_port(p));
 	if (!from)
 		return pass_services(p);
 	if (begins_connection(p)) {
@@ -470,12 +470,12 @@ int xdplb_explain(struct xdp_md *ctx)
 	*trace = (struct trace){};
 	if (parse_network(p, ctx, false) != PARSED || parse_transport(p, false) != PARSED)
 		return XDP_PASS;
-	to = find_address(&p->destination);
+	to = find_address(p, &p->destination);
 	if (to && to->services.count) {
 		id = find_interval(to->services, port_key(p->protocol, destination_port(p)));
 		trace->subject = id ? SUBJECT_TO_SERVICE : SUBJECT_OTHER_PORT;
 		return id ? explain_balance(p, id, trace) : XDP_PASS;
 	}
-	id = HAVE_NAT ? find_end(find_address(&p->source), p->protocol, source_port(p)) : 0;
+	id = HAVE_NAT ? find_end(find_address(p, &p->source), p->protocol, source_port(p)) : 0;
 	return id ? explain_from_backend(p, id, trace) : XDP_PASS;
 }

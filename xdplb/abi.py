@@ -29,6 +29,7 @@ LISTENING_WORDS = 64
 """How many words of bits say of an address that services may listen on it."""
 LINK_SET_BITS = 10
 LINK_FACTOR = 0x1E3779B97F4A7C15
+OWN_MAC_BITS = 8
 """2^bits sets of facts about interfaces; and what an interface's index is multiplied by for their words."""
 FIRST_SOURCE_PORT = 1024
 SETS_PER_SOURCE = (65536 - FIRST_SOURCE_PORT) // 8
@@ -282,6 +283,7 @@ def defines(features: Features, geometry: Geometry) -> dict[str, int]:
         "LISTENING_WORDS": LISTENING_WORDS,
         "LINK_SET_BITS": LINK_SET_BITS,
         "LINK_FACTOR": LINK_FACTOR,
+        "OWN_MAC_BITS": OWN_MAC_BITS,
         "MAX_BACKENDS_PER_SERVICE": MAX_BACKENDS_PER_SERVICE,
         "MAX_SLOTS_PER_SERVICE": MAX_SLOTS_PER_SERVICE,
         "RESCHEDULE_TRIES": RESCHEDULE_TRIES,

@@ -51,9 +51,9 @@ def lead(world: World, service: str, by_kernel: bool) -> None:
 @pytest.fixture
 def refused(world: World) -> Iterator[None]:
     """`front` takes no frames."""
-    link_facts.write(world.plane.link_words, {world.interfaces["front"]: LinkFacts(takes_frames=False)})
+    link_facts.write(world.plane.links, {world.interfaces["front"]: LinkFacts(takes_frames=False)})
     yield
-    world.plane.link_words[:] = 0
+    link_facts.write(world.plane.links, {})
     world.plane.links_missed[:] = 0
 
 
@@ -185,11 +185,11 @@ def test_an_error_of_a_backend_is_translated_and_left_to_the_kernel(world: World
     error = frame(icmp(Flow(mode.backend, CLIENT[version]), ERRORS[version]["port unreachable"], about))
     verdict, usual = world.run(error, "back")
     assert verdict is Verdict.REDIRECT
-    link_facts.write(world.plane.link_words, {world.interfaces["front"]: LinkFacts(takes_frames=False)})
+    link_facts.write(world.plane.links, {world.interfaces["front"]: LinkFacts(takes_frames=False)})
     try:
         verdict, out = world.run(error, "back")
     finally:
-        world.plane.link_words[:] = 0
+        link_facts.write(world.plane.links, {})
     headers = 14 + (20 if version == 4 else 40)
     assert verdict is Verdict.PASS and out[headers:] == usual[headers:] and out[:12] == raw(error)[:12]
 
@@ -204,10 +204,10 @@ def test_what_leaves_where_it_came_in_needs_no_redirect(world: World, refused: N
 
 @VERSIONS
 def test_another_interface_takes_frames_all_the_same(world: World, version: int) -> None:
-    link_facts.write(world.plane.link_words, {world.interfaces["back"]: LinkFacts(takes_frames=False)})
+    link_facts.write(world.plane.links, {world.interfaces["back"]: LinkFacts(takes_frames=False)})
     try:
         mode = NAT[version]
         reply = tcp("SA")(mode.translated(mode.flow("tcp"), "tcp").back())
         assert world.run(frame(reply, BACKEND_MAC, BACK_MAC), "back")[0] is Verdict.REDIRECT
     finally:
-        world.plane.link_words[:] = 0
+        link_facts.write(world.plane.links, {})

@@ -49,7 +49,7 @@ def known(world: World) -> Iterator[None]:
     macs = {"front": {FRONT_MAC, VIRTUAL}, "back": {BACK_MAC}}
     tell(world, macs)
     yield
-    world.plane.link_words[:] = 0
+    link_facts.write(world.plane.links, {})
 
 
 def tell(world: World, macs: Mapping[str, set[str]]) -> None:
@@ -57,7 +57,7 @@ def tell(world: World, macs: Mapping[str, set[str]]) -> None:
         world.interfaces[name]: LinkFacts(frozenset(bytes.fromhex(mac.replace(":", "")) for mac in them))
         for name, them in macs.items()
     }
-    link_facts.write(world.plane.link_words, facts)
+    link_facts.write(world.plane.links, facts)
 
 
 def kinds() -> Iterator[tuple[str, Packet, str]]:
@@ -117,11 +117,22 @@ def test_where_addresses_are_not_known_all_frames_are_this_hosts(world: World) -
     try:
         tell(world, {"back": {BACK_MAC}})
         assert world.run(packet)[0] is Verdict.TX
-        world.plane.link_words[:] = 0
+        link_facts.write(world.plane.links, {})
         assert world.run(packet)[0] is Verdict.TX
     finally:
         tell(world, {"front": {FRONT_MAC, VIRTUAL}, "back": {BACK_MAC}})
     assert world.run(packet)[0] is Verdict.PASS
+
+
+def test_an_address_that_is_not_at_hand_is_found_nevertheless(world: World) -> None:
+    """Two may want one place in the directory."""
+    packet = tcp()(NAT[4].flow("tcp"))
+    try:
+        world.plane.links.own_macs[:] = 0
+        assert world.run(frame(packet, CLIENT_MAC, FRONT_MAC))[0] is Verdict.TX
+        assert world.run(frame(packet, destination=STRANGERS["another host"]))[0] is Verdict.PASS
+    finally:
+        tell(world, {"front": {FRONT_MAC, VIRTUAL}, "back": {BACK_MAC}})
 
 
 def test_many_addresses_of_one_interface_are_told_apart(world: World) -> None:

@@ -393,7 +393,7 @@ class Arena:
             for side, mac in ((FRONT_SIDE, FRONT_MAC), (BACK_SIDE, BACK_MAC))
         }
         facts = {index: link_facts.LinkFacts(macs) for index, macs in gateway.macs.items()}
-        link_facts.write(self.plane.link_words, facts)
+        link_facts.write(self.plane.links, facts)
         gateway.tunnel_sources = {version: ip_address(OWN[version]).packed for version in (4, 6)}
         for end in self._ends:
             self.tunnels.enter(end, ip_address(OWN[end.version]), 0, None)

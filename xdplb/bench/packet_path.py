@@ -150,7 +150,7 @@ def _fill(plane: Dataplane, key: HashKey, config: Config) -> None:
             status = BackendStatus(health=HealthState.UP, next_hop=next_hop)
             statuses.set(BackendKey(service.name, backend.name), status)
     engine.apply_all()
-    link_facts.write(plane.link_words, {_LOOPBACK: LinkFacts(frozenset({_OWN_MAC}))})
+    link_facts.write(plane.links, {_LOOPBACK: LinkFacts(frozenset({_OWN_MAC}))})
 
 
 class Bench:

@@ -41,7 +41,7 @@ class Told:
     def tell(self, links: Mapping[int, LinkFacts], avoided: frozenset[int]) -> None:
         """To backends behind the `avoided` interfaces the kernel has to forward."""
         if (plane := self._plane()) is not None:
-            link_facts.write(plane.link_words, links)
+            link_facts.write(plane.links, links)
         self._monitor.avoid(avoided)
 
     def egress(self) -> frozenset[tuple[int, Forward]]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from xdplb import abi, paths
 from xdplb.core import flow_cache
 from xdplb.core.hash_key import HashKey
+from xdplb.core.link_facts import LinkMaps
 from xdplb.dataplane import bundle, compiler, syscall
 from xdplb.dataplane.cache import Cache
 from xdplb.dataplane.codec import Codec
@@ -129,7 +130,10 @@ class Dataplane:
         self.snat_words = self._words("snat_sets")
         self.sources: NDArray[np.uint64] = np.frombuffer(self._memory("sources"), np.uint64).reshape(-1, 2)
         self.flow_words = self._words("flow_sets")
-        self.link_words: NDArray[np.uint64] = np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8)
+        self.links = LinkMaps(
+            np.frombuffer(self._memory("link_facts"), np.uint64).reshape(-1, 8),
+            np.frombuffer(directory, np.uint64, 1 << abi.OWN_MAC_BITS, 8 + self.listening.nbytes),
+        )
         self.links_missed: NDArray[np.uint32] = np.frombuffer(self._memory("links_missed"), np.uint32)[::2]
         self.syn_records = self._structs("syn_records")
         self._traces = self._structs("traces")

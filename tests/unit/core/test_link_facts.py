@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from xdplb import abi
 from xdplb.core import link_facts
-from xdplb.core.link_facts import LinkFacts
+from xdplb.core.link_facts import LinkFacts, LinkMaps
 
 Links = dict[int, LinkFacts]
 KNOWN, NO_FRAMES = b"\x01" + bytes(5), b"\xff" * 6
@@ -36,40 +36,52 @@ class Watched(np.ndarray[Any, np.dtype[np.uint64]]):
             self.told()
 
 
-def empty() -> Watched:
-    return np.zeros((1 << abi.LINK_SET_BITS, 8), np.uint64).view(Watched)
+def empty() -> LinkMaps:
+    facts = np.zeros((1 << abi.LINK_SET_BITS, 8), np.uint64).view(Watched)
+    return LinkMaps(facts, np.zeros(1 << abi.OWN_MAC_BITS, np.uint64).view(Watched))
 
 
-def has(words: Watched, index: int, what: bytes) -> bool:
+def watch(maps: LinkMaps, told: Callable[[], None]) -> None:
+    for words in (maps.facts, maps.own_macs):
+        assert isinstance(words, Watched)
+        words.told = told
+
+
+def has(maps: LinkMaps, index: int, what: bytes) -> bool:
     """As bpf/links.h looks."""
     word = link_facts.word(index, what)
-    return bool(np.any(link_facts.row_of(np.asarray(words), word) == np.uint64(word)))
+    return bool(np.any(link_facts.row_of(np.asarray(maps.facts), word) == np.uint64(word)))
 
 
-def is_own(words: Watched, index: int, mac: bytes) -> bool:
-    return has(words, index, mac) or not has(words, index, KNOWN)
+def is_own(maps: LinkMaps, index: int, mac: bytes) -> bool:
+    word = link_facts.word(index, mac)
+    at_hand = int(maps.own_macs[word >> (64 - abi.OWN_MAC_BITS)]) == word
+    return at_hand or has(maps, index, mac) or not has(maps, index, KNOWN)
 
 
 @given(st.lists(states, min_size=1, max_size=4), st.tuples(indices, macs))
 def test_it_says_exactly_what_holds(sequence: list[Links], stranger: tuple[int, bytes]) -> None:
-    words = empty()
+    maps = empty()
     for links in sequence:
-        link_facts.write(words, links)
+        link_facts.write(maps, links)
         for index, facts in links.items():
             known = facts.macs is not None
-            assert has(words, index, KNOWN) == known
-            assert all(has(words, index, mac) for mac in facts.macs or ())
-            assert is_own(words, index, stranger[1]) == (not known or stranger[1] in (facts.macs or ()))
-            assert has(words, index, NO_FRAMES) != facts.takes_frames
-        assert np.count_nonzero(words) == sum(
+            assert has(maps, index, KNOWN) == known
+            assert all(has(maps, index, mac) for mac in facts.macs or ())
+            assert is_own(maps, index, stranger[1]) == (not known or stranger[1] in (facts.macs or ()))
+            assert has(maps, index, NO_FRAMES) != facts.takes_frames
+        assert np.count_nonzero(maps.facts) == sum(
             (0 if facts.macs is None else len(facts.macs) + 1) + (not facts.takes_frames) for facts in links.values()
         )
+        own = {link_facts.word(index, mac) for index, facts in links.items() for mac in facts.macs or ()}
+        at_hand = set(maps.own_macs[maps.own_macs != 0].tolist())
+        assert at_hand <= own and len(at_hand) == len({word >> (64 - abi.OWN_MAC_BITS) for word in own})
 
 
 @given(states, states)
 def test_what_was_and_stays_this_hosts_never_is_anothers(before: Links, after: Links) -> None:
-    words = empty()
-    link_facts.write(words, before)
+    maps = empty()
+    link_facts.write(maps, before)
     lasting = [
         (index, mac)
         for index, facts in after.items()
@@ -78,28 +90,28 @@ def test_what_was_and_stays_this_hosts_never_is_anothers(before: Links, after: L
     ]
 
     def look() -> None:
-        assert all(is_own(words, index, mac) for index, mac in lasting)
+        assert all(is_own(maps, index, mac) for index, mac in lasting)
 
-    words.told = look
-    link_facts.write(words, after)
+    watch(maps, look)
+    link_facts.write(maps, after)
 
 
 def test_an_interface_with_more_addresses_than_have_a_place_counts_as_unknown() -> None:
-    words = empty()
+    maps = empty()
     crowd = [bytes([2, n, 0, 0, 0, 7]) for n in range(9)]  # the last byte says which set it is
-    link_facts.write(words, {3: LinkFacts(frozenset(crowd)), 4: LinkFacts(frozenset(crowd[:1]))})
-    assert is_own(words, 3, bytes([2, 0, 0, 0, 0, 9])) and not is_own(words, 4, bytes([2, 0, 0, 0, 0, 9]))
-    link_facts.write(words, {3: LinkFacts(frozenset(crowd[1:]))})
-    assert all(is_own(words, 3, mac) for mac in crowd[1:]) and not is_own(words, 3, crowd[0])
+    link_facts.write(maps, {3: LinkFacts(frozenset(crowd)), 4: LinkFacts(frozenset(crowd[:1]))})
+    assert is_own(maps, 3, bytes([2, 0, 0, 0, 0, 9])) and not is_own(maps, 4, bytes([2, 0, 0, 0, 0, 9]))
+    link_facts.write(maps, {3: LinkFacts(frozenset(crowd[1:]))})
+    assert all(is_own(maps, 3, mac) for mac in crowd[1:]) and not is_own(maps, 3, crowd[0])
 
 
 def test_writing_the_same_again_changes_nothing() -> None:
-    words = empty()
+    maps = empty()
     links = {2: LinkFacts(frozenset({bytes([2, 0, 0, 0, 0, 1])}))}
-    link_facts.write(words, links)
+    link_facts.write(maps, links)
 
     def never() -> None:
         raise AssertionError("a word was written")
 
-    words.told = never
-    link_facts.write(words, links)
+    watch(maps, never)
+    link_facts.write(maps, links)
